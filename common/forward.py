@@ -1,0 +1,212 @@
+"""Teacher-forced scores of completions, with every prompt and its images forwarded once for its whole group.
+
+The G completions of a prompt share its text and its images. The prompt goes through the model once; its keys and
+values are put in front of each of its completions, whose tokens then run as a batch of their own with positions that
+continue after the prompt. Gradients flow back through the shared keys and values, so the result equals that of G
+separate padded rows, for a fraction of the work.
+
+Nothing of size rows x tokens x vocabulary is ever kept: `token_logprobs` runs the output head over chunks of tokens
+and runs it again in the backward pass.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from common.model import Policy, Prompts
+
+# Logits of this many entries may exist at a time (float32: 256 MiB).
+LOGIT_BUDGET = 2**26
+
+
+@dataclass
+class Scores:
+    """What one forward says about R completions of T tokens. Entries outside the completion mask are 0."""
+
+    logprobs: torch.Tensor  # [R, T] float32: log-probability of each token, at the sampling temperature
+    entropy: torch.Tensor  # [R, T] float32: entropy of the distribution that the token was drawn from; no gradient
+    hidden: torch.Tensor  # [R, T, H] last hidden states (after the final norm) that predict each token
+    states: torch.Tensor  # [R, T, H] last hidden states at each token's own position
+    prompt_states: torch.Tensor  # [N, P, H] last hidden states of the prompts
+
+
+@dataclass
+class Prefix:
+    """A forwarded prompt: what its completions need of it."""
+
+    keys: list[torch.Tensor]  # a layer: [N, key heads, P, D], rotated
+    values: list[torch.Tensor]  # a layer: [N, key heads, P, D]
+    states: torch.Tensor  # [N, P, H] last hidden states
+    attention_mask: torch.Tensor  # [N, P] bool
+    next_positions: torch.Tensor  # [N] position of the first token after the prompt
+
+
+class Scorer(torch.nn.Module):
+    """The scoring forward as a module, so that accelerate can wrap it for several processes."""
+
+    def __init__(self, policy: Policy, gradient_checkpointing: bool = False):
+        super().__init__()
+        self.model = policy.model
+        self.policy = policy
+        self.gradient_checkpointing = gradient_checkpointing
+
+    def forward(
+        self, prompts: Prompts, completion_ids: torch.Tensor, completion_mask: torch.Tensor, temperature: float = 1.0
+    ) -> Scores:
+        """Score completions [R, T] of N prompts; rows of a prompt stand together, so row r belongs to prompt r // (R / N).
+
+        `completion_ids` int64 and `completion_mask` bool are right-padded; `temperature` is the sampling temperature.
+        """
+        policy, model = self.policy, self.policy.base
+        group_size = len(completion_ids) // len(prompts)
+        with policy.autocast():
+            prefix = forward_prompts(model, prompts, self.gradient_checkpointing)
+            prompt_of_row = torch.arange(len(completion_ids), device=policy.device) // group_size  # [R]
+            states = forward_completions(model, prefix, prompt_of_row, completion_ids, self.gradient_checkpointing)
+            last = prefix.states[prompt_of_row, -1:]  # [R, 1, H]
+            hidden = torch.cat([last, states[:, :-1]], dim=1)  # [R, T, H]
+            logprobs, entropy = token_logprobs(
+                hidden, model.get_output_embeddings().weight, completion_ids, completion_mask, policy.banned, temperature
+            )
+        return Scores(logprobs, entropy, hidden, states, prefix.states)
+
+
+class LayerCache:
+    """What one decoder layer takes for its cache: puts `past` keys and values in front, and remembers the new ones.
+
+    It stores nothing that a second, recomputing call would see, so the layer may be checkpointed.
+    """
+
+    def __init__(self, past: tuple[torch.Tensor, torch.Tensor] | None = None):
+        self.past = past
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_) -> tuple[torch.Tensor, torch.Tensor]:
+        self.new = (keys, values)
+        if self.past is None:
+            return self.new
+        return torch.cat([self.past[0], keys], dim=2), torch.cat([self.past[1], values], dim=2)
+
+
+def forward_prompts(model: torch.nn.Module, prompts: Prompts, recompute: bool = False) -> Prefix:
+    """Run the vision tower and the prompts through the model; `recompute` drops activations until the backward pass."""
+    inner, text = model.model, model.model.language_model
+    embeds = text.embed_tokens(prompts.input_ids)  # [N, P, H]
+    image_tokens = prompts.input_ids == model.config.image_token_id  # [N, P]
+    deepstack = []
+    if prompts.pixel_values is not None:
+        features = inner.get_image_features(prompts.pixel_values, prompts.image_grid_thw.to(embeds.device))
+        embeds = embeds.masked_scatter(image_tokens[..., None], torch.cat(features.pooler_output).to(embeds.dtype))
+        # Qwen3-VL also adds features of earlier vision layers to its first text layers.
+        deepstack = [torch.cat(level) for level in getattr(features, "deepstack_features", None) or []]
+
+    mask = None  # without padding SDPA applies the causal mask itself
+    if not bool(prompts.attention_mask.all()):
+        width = prompts.input_ids.shape[1]
+        causal = torch.ones(width, width, dtype=torch.bool, device=embeds.device).tril()
+        # A padded query sees itself: a row of a softmax may not be empty.
+        mask = causal & prompts.attention_mask[:, None, None] | torch.eye(width, dtype=torch.bool, device=embeds.device)
+    rotary = text.rotary_emb(embeds, prompts.position_ids)
+
+    keys, values, hidden = [], [], embeds
+    for level, layer in enumerate(text.layers):
+        hidden, new_keys, new_values = run_layer(layer, hidden, mask, rotary, None, recompute)
+        keys.append(new_keys)
+        values.append(new_values)
+        if level < len(deepstack):
+            hidden = hidden.masked_scatter(
+                image_tokens[..., None], (hidden[image_tokens] + deepstack[level]).to(hidden.dtype)
+            )
+    next_positions = prompts.position_ids.amax(dim=(0, 2)) + 1  # [N]
+    return Prefix(keys, values, text.norm(hidden), prompts.attention_mask, next_positions)
+
+
+def forward_completions(
+    model: torch.nn.Module, prefix: Prefix, prompt_of_row: torch.Tensor, completion_ids: torch.Tensor, recompute: bool
+) -> torch.Tensor:
+    """Last hidden states [R, T, H] of completions [R, T], each behind the prompt `prompt_of_row` [R] says."""
+    text = model.model.language_model
+    tokens = completion_ids.shape[1]
+    embeds = text.embed_tokens(completion_ids)  # [R, T, H]
+    steps = torch.arange(tokens, device=embeds.device)
+    positions = prefix.next_positions[prompt_of_row, None] + steps  # [R, T]
+    rotary = text.rotary_emb(embeds, positions.expand(3, -1, -1))
+    causal = (steps[:, None] >= steps).expand(len(completion_ids), 1, tokens, tokens)
+    before = prefix.attention_mask[prompt_of_row, None, None].expand(-1, 1, tokens, -1)
+    mask = torch.cat([before, causal], dim=-1)  # [R, 1, T, P + T]; padding stands behind, so no real token sees it
+
+    hidden = embeds
+    for level, layer in enumerate(text.layers):
+        past = (prefix.keys[level][prompt_of_row], prefix.values[level][prompt_of_row])
+        hidden, _, _ = run_layer(layer, hidden, mask, rotary, past, recompute)
+    return text.norm(hidden)
+
+
+def run_layer(layer, hidden, mask, rotary, past, recompute: bool):
+    """One decoder layer: its output and its new keys and values. transformers' own checkpointing would drop the cache."""
+
+    def step(hidden, *past):
+        cache = LayerCache(past or None)
+        output = layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
+        return output, *cache.new
+
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(step, hidden, *(past or ()), use_reentrant=False)
+    return step(hidden, *(past or ()))
+
+
+def token_logprobs(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor,
+    banned: torch.Tensor,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and entropies [R, T] float32 of tokens from hidden states [R, T, H] and the head [V, H].
+
+    Only tokens inside the mask are computed, in chunks whose logits are recomputed in the backward pass. The softmax is
+    over the vocabulary without `banned` [V], as in sampling. The entropy carries no gradient.
+    """
+    rows = hidden[completion_mask]  # [Z, H]
+    targets = completion_ids[completion_mask]  # [Z]
+
+    def chunk_logprobs(rows, targets):
+        logits = (rows @ head.T.to(rows.dtype)).float() / temperature  # [C, V]
+        logits = logits.masked_fill(banned, torch.finfo(torch.float32).min)
+        logprobs = logits.log_softmax(-1)
+        with torch.no_grad():
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, targets[:, None])[:, 0], entropy
+
+    size = max(1, LOGIT_BUDGET // len(head))
+    if len(rows) <= size or not torch.is_grad_enabled():
+        chunks = [chunk_logprobs(*pair) for pair in zip(rows.split(size), targets.split(size), strict=True)]
+    else:
+        chunks = [
+            checkpoint(chunk_logprobs, *pair, use_reentrant=False)
+            for pair in zip(rows.split(size), targets.split(size), strict=True)
+        ]
+    zeros = torch.zeros(completion_mask.shape, device=hidden.device)
+    return tuple(
+        zeros.masked_scatter(completion_mask, torch.cat(values)) for values in zip(*chunks, strict=True)
+    )
+
+
+def micro_batches(completion_mask: torch.Tensor, prompt_width: int, group_size: int, budget: int) -> Iterator[list[int]]:
+    """Cut prompts into micro-batches of at most `budget` tokens, padding counted, longest completions first.
+
+    Prompts of similar length stand together, and a prompt's rows are never parted, since they share its forward.
+    Yields lists of prompt indices into `completion_mask` [N * G, T]; a single prompt above the budget goes alone.
+    """
+    longest = completion_mask.sum(1).view(-1, group_size).amax(1).tolist()  # [N]
+    batch, width = [], 0
+    for prompt in sorted(range(len(longest)), key=lambda n: -longest[n]):
+        width = width if batch else longest[prompt]
+        if batch and (len(batch) + 1) * (prompt_width + group_size * width) > budget:
+            yield batch
+            batch, width = [], longest[prompt]
+        batch.append(prompt)
+    if batch:
+        yield batch

@@ -1,0 +1,260 @@
+"""A policy: a vision-language model of the Qwen-VL families with its tokenizer and image processor.
+
+`load_policy` takes the built-in model (`tiny`), a folder in Hugging Face format, or a hub id. Nothing here needs
+torchvision: the tokenizer and the PIL image processor are loaded by themselves and the image token is expanded by the
+image's grid, which is all that the families' processors do for still pictures.
+"""
+
+import json
+import re
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+from transformers.utils import cached_file
+
+TINY = Path(__file__).parent / "tiny"
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+# Adapters go on every linear layer of the language model; the vision tower and the output head stay as they are.
+LORA_TARGETS = r".*language_model\.layers\..*\.(q|k|v|o|gate|up|down)_proj"
+
+
+@dataclass
+class Policy:
+    """A model and what belongs to it. `banned` [V] bool marks what is never sampled nor scored: vision tokens and the
+    rows of the output head behind the tokenizer's last token. `end_token_ids` are all tokens that end a completion."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    image_processor: object
+    end_token_ids: list[int]
+    banned: torch.Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.banned.device
+
+    @property
+    def base(self) -> torch.nn.Module:
+        """The model without an adapter's wrapper (the adapter's layers stay in place)."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def autocast(self) -> AbstractContextManager:
+        """bf16 arithmetic on CUDA over float32 master weights; nothing elsewhere."""
+        return torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.device.type == "cuda")
+
+
+@dataclass
+class Prompts:
+    """N prompts, left-padded to P tokens, their images packed as the vision tower takes them."""
+
+    input_ids: torch.Tensor  # [N, P] int64
+    attention_mask: torch.Tensor  # [N, P] bool, false on the padding at the left
+    position_ids: torch.Tensor  # [3, N, P] int64: time, height, width
+    pixel_values: torch.Tensor | None  # [patches of all images, channels * patch volume] float32
+    image_grid_thw: torch.Tensor  # [images, 3] int64: patches in time, height, width
+    images_per_prompt: list[int]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def select(self, rows: list[int]) -> "Prompts":
+        """The prompts `rows`, in that order (repetition allowed), trimmed to their longest."""
+        first_image = torch.tensor([0, *self.images_per_prompt]).cumsum(0).tolist()
+        images = [i for r in rows for i in range(first_image[r], first_image[r + 1])]
+        pixels = None
+        if images:
+            blocks = self.pixel_values.split(self.image_grid_thw.prod(-1).tolist())
+            pixels = torch.cat([blocks[i] for i in images])
+        width = int(self.attention_mask[rows].sum(1).max())
+        return Prompts(
+            self.input_ids[rows, -width:],
+            self.attention_mask[rows, -width:],
+            self.position_ids[:, rows, -width:],
+            pixels,
+            self.image_grid_thw[images],
+            [self.images_per_prompt[r] for r in rows],
+        )
+
+
+def load_policy(
+    name: str, *, device: str | torch.device = "cpu", trainable: bool = True, lora_rank: int = 0, max_pixels: int = 0
+) -> Policy:
+    """Load `tiny`, a folder, or a hub id of the Qwen2-VL, Qwen2.5-VL and Qwen3-VL families.
+
+    Weights are float32 where they are trained (the masters; see `Policy.autocast`) and on the CPU, bfloat16 where they
+    are frozen on CUDA. `max_pixels` bounds the area of an image after resizing (0: as the checkpoint says). A folder
+    that holds an adapter is loaded on the model that it names.
+
+    Raises:
+        SystemExit: one line naming the flag, when the model is not there, cannot be reached, or is of another family.
+    """
+    device = torch.device(device)
+    source = resolve_name(name)
+    adapter = None
+    if (Path(source) / "adapter_config.json").is_file():
+        adapter = source
+        source = resolve_name(json.loads((Path(adapter) / "adapter_config.json").read_text())["base_model_name_or_path"])
+    lora = bool(lora_rank or adapter)
+    frozen_on_cuda = device.type == "cuda" and (lora or not trainable)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        if config.model_type not in FAMILIES:
+            raise SystemExit(f"--model {name}: model_type {config.model_type!r} is not one of {', '.join(FAMILIES)}")
+        model = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=torch.bfloat16 if frozen_on_cuda else torch.float32, attn_implementation="sdpa"
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        image_processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+        tokenizer.chat_template = vision_chat_template(source, tokenizer)
+        end_token_ids = all_end_tokens(source, tokenizer)
+    except (OSError, ConnectionError) as error:
+        raise SystemExit(missing_model(name, source, error)) from None
+    if max_pixels:
+        smallest = min(image_processor.size["shortest_edge"], max_pixels)
+        image_processor.size = {"shortest_edge": smallest, "longest_edge": max_pixels}
+
+    model.requires_grad_(trainable and not lora)
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+    elif lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(
+            model, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
+        )
+    model.to(device)
+
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    banned = torch.zeros(vocabulary, dtype=torch.bool)
+    banned[len(tokenizer) :] = True
+    banned[[i for i in tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)) if i is not None]] = True
+    return Policy(model, tokenizer, image_processor, end_token_ids, banned.to(device))
+
+
+def save_policy(policy: Policy, folder: str | Path) -> None:
+    """Write the model (or its adapter), tokenizer, chat template and image processor in Hugging Face format."""
+    policy.model.save_pretrained(folder, safe_serialization=True)
+    policy.tokenizer.save_pretrained(folder)
+    policy.image_processor.save_pretrained(folder)
+
+
+def encode_prompts(policy: Policy, messages: list[list[dict]], images: list[list[Image.Image]]) -> Prompts:
+    """Render chat messages, expand each image token by its image's grid, pad on the left.
+
+    `messages[n]` is one conversation with structured content; `images[n]` its pictures in order of appearance.
+
+    Raises:
+        ValueError: a prompt whose rendered text does not hold exactly one image token per image.
+    """
+    texts = [policy.tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in messages]
+    pixels, grids = process_images(policy, [image for row in images for image in row])
+    merge = policy.image_processor.merge_size**2
+    tokens_per_image = iter((grids.prod(-1) // merge).tolist())
+    image_token = "<|image_pad|>"
+    for n, text in enumerate(texts):
+        pieces = text.split(image_token)
+        if len(pieces) - 1 != len(images[n]):
+            raise ValueError(f"prompt {n} has {len(pieces) - 1} image tokens and {len(images[n])} images: {text[:200]!r}")
+        texts[n] = pieces[0] + "".join(image_token * next(tokens_per_image) + piece for piece in pieces[1:])
+
+    encoded = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    width = max(map(len, encoded))
+    input_ids = torch.full((len(texts), width), policy.tokenizer.pad_token_id)  # [N, P]
+    attention_mask = torch.zeros(len(texts), width, dtype=torch.bool)  # [N, P]
+    for n, ids in enumerate(encoded):
+        input_ids[n, width - len(ids) :] = torch.tensor(ids)
+        attention_mask[n, width - len(ids) :] = True
+    image_tokens = input_ids == policy.base.config.image_token_id
+    position_ids, _ = policy.base.model.get_rope_index(
+        input_ids=input_ids,
+        mm_token_type_ids=image_tokens.int(),
+        image_grid_thw=grids if len(grids) else None,
+        attention_mask=attention_mask,
+    )
+    device = policy.device
+    return Prompts(
+        input_ids.to(device),
+        attention_mask.to(device),
+        position_ids.to(device),
+        None if pixels is None else pixels.to(device),
+        grids,
+        [len(row) for row in images],
+    )
+
+
+def replace_images(policy: Policy, prompts: Prompts, images: list[list[Image.Image]]) -> Prompts:
+    """The same prompts seeing other pictures of the same sizes: another view for teacher forcing.
+
+    Raises:
+        ValueError: the new pictures do not fill the same grids, so that the prompt's tokens would not fit them.
+    """
+    pixels, grids = process_images(policy, [image for row in images for image in row])
+    if not torch.equal(grids, prompts.image_grid_thw):
+        raise ValueError(f"the new images have grids {grids.tolist()}, the prompts {prompts.image_grid_thw.tolist()}")
+    return replace(prompts, pixel_values=None if pixels is None else pixels.to(policy.device))
+
+
+def process_images(policy: Policy, images: list[Image.Image]) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Pixels [patches, patch volume] float32 and grids [images, 3] int64 of some pictures."""
+    if not images:
+        return None, torch.zeros(0, 3, dtype=torch.long)
+    features = policy.image_processor(images=images, return_tensors="pt")
+    return features["pixel_values"].float(), features["image_grid_thw"]
+
+
+def resolve_name(name: str) -> str:
+    """`tiny` to its folder, `Qwen/Qwen3-VL-4B` (which the hub does not have) to its Instruct sibling, with a notice."""
+    if name == "tiny":
+        return str(TINY)
+    if re.fullmatch(r"Qwen/Qwen3-VL-\d+B(-A\d+B)?", name) and not Path(name).exists():
+        print(f"--model {name}: the hub has no checkpoint without a suffix; using {name}-Instruct", flush=True)
+        return f"{name}-Instruct"
+    if Path(name).is_dir() and not any((Path(name) / f).is_file() for f in ("config.json", "adapter_config.json")):
+        raise SystemExit(f"--model {name}: the folder has neither config.json nor adapter_config.json")
+    return name
+
+
+def missing_model(name: str, source: str, error: Exception) -> str:
+    if Path(source).is_dir():
+        return f"--model {name}: the folder cannot be loaded: {first_line(error)}"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        return f"--model {name}: no such folder, and not a hub id of the form owner/name"
+    return (
+        f"--model {name}: {source} is not in the local cache and the hub cannot be reached or does not have it; where "
+        f"there is a network, run `hf download {source} --local-dir DIR` and pass --model DIR ({first_line(error)})"
+    )
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def vision_chat_template(source: str, tokenizer: object) -> str:
+    """The chat template that knows images. Qwen2.5-VL keeps it where only its processor looks, in a file beside the
+    tokenizer's own, text-only one."""
+    if "image" in (tokenizer.chat_template or ""):
+        return tokenizer.chat_template
+    for file in ("chat_template.jinja", "chat_template.json"):
+        path = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
+        if path is not None:
+            text = Path(path).read_text()
+            return json.loads(text)["chat_template"] if file.endswith(".json") else text
+    raise SystemExit(f"--model {source}: no chat template that knows images, in the tokenizer or beside it")
+
+
+def all_end_tokens(source: str, tokenizer: object) -> list[int]:
+    """Every token that ends a completion: the tokenizer's, and those of the model's generation settings."""
+    ends = {tokenizer.eos_token_id}
+    try:
+        configured = GenerationConfig.from_pretrained(source).eos_token_id
+    except OSError:
+        configured = None
+    ends.update([configured] if isinstance(configured, int) else configured or [])
+    return sorted(ends - {None})

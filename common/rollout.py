@@ -1,0 +1,180 @@
+"""Sampling G completions per prompt.
+
+Each prompt is forwarded once, images included, and its keys and values repeated for its G rows. All rows are decoded
+together; rows that have ended are dropped as the batch shrinks. Nothing of a checkpoint's own generation settings is
+used: temperature, top-p and top-k are arguments, and every end token of the model ends a row.
+
+The draws are a pure function of uniform numbers given per row and token, so a row samples the same completion whichever
+rows stand beside it, in one process or several, in a first run or a resumed one.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from common.forward import Prefix, forward_prompts
+from common.model import Policy, Prompts
+
+# Ended rows are looked for every so many tokens, which costs a wait for the device, and are dropped when a quarter of
+# the rows has ended, which costs a copy of the cache.
+DROP_EVERY = 4
+DROP_BELOW = 0.75
+
+
+@dataclass
+class Rollout:
+    """R = N * G completions of at most T tokens; rows of a prompt stand together."""
+
+    completion_ids: torch.Tensor  # [R, T] int64, right-padded
+    completion_mask: torch.Tensor  # [R, T] bool, true up to and including the end token
+    old_logprobs: torch.Tensor  # [R, T] float32, of the sampling policy at the sampling temperature, 0 on padding
+    ended: torch.Tensor  # [R] bool, false where the length limit cut the completion
+
+    def __len__(self) -> int:
+        return len(self.completion_ids)
+
+
+def uniform_numbers(seed: int, step: int, rows: list[int], length: int) -> torch.Tensor:
+    """Numbers [R, T] float64 in [0, 1): a pure function of seed, step and each row's place in the whole step."""
+    return torch.from_numpy(np.stack([np.random.default_rng([seed, step, row]).random(length) for row in rows]))
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    prompts: Prompts,
+    group_size: int,
+    max_new_tokens: int,
+    uniforms: torch.Tensor | None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+) -> Rollout:
+    """Sample `group_size` completions for each of N prompts, of at most `max_new_tokens` tokens.
+
+    `uniforms` [R, max_new_tokens] holds a number in [0, 1) for each token to draw; temperature 0 is greedy and needs
+    none. `top_p` < 1 and `top_k` > 0 restrict which tokens may be drawn; the log-probabilities returned stay those of
+    the whole distribution at that temperature, which are the ones that scoring computes (at temperature 0: those at 1).
+    """
+    model, device = policy.base, policy.device
+    rows = len(prompts) * group_size
+    ids = torch.full((rows, max_new_tokens), policy.tokenizer.pad_token_id, device=device)  # [R, T]
+    logprobs = torch.zeros(rows, max_new_tokens, device=device)  # [R, T]
+    lengths = torch.full((rows,), max_new_tokens, device=device)  # [R]
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)  # [R]
+    ends = torch.tensor(policy.end_token_ids, device=device)
+    uniforms = None if uniforms is None else uniforms.to(device)
+
+    was_training = model.training
+    model.eval()
+    with policy.autocast():
+        prefix = forward_prompts(model, prompts)
+        cache = DecodeCache(prefix, group_size, max_new_tokens)
+        active = torch.arange(rows, device=device)  # [A] the rows still decoded
+        hidden = prefix.states[:, -1].repeat_interleave(group_size, dim=0)  # [A, H]
+        head = model.get_output_embeddings().weight
+        for t in range(max_new_tokens):
+            logits = (hidden @ head.T.to(hidden.dtype)).float()  # [A, V]
+            draw = None if uniforms is None else uniforms[active, t]
+            tokens, token_logprobs = draw_tokens(logits, draw, policy.banned, temperature, top_p, top_k)
+            ids[active, t] = tokens
+            logprobs[active, t] = token_logprobs
+            just_ended = torch.isin(tokens, ends) & ~ended[active]
+            lengths[active] = torch.where(just_ended, t + 1, lengths[active])
+            ended[active] |= just_ended
+            if t + 1 == max_new_tokens:
+                break
+            if t % DROP_EVERY == DROP_EVERY - 1:
+                keep = (~ended[active]).nonzero()[:, 0]
+                if len(keep) == 0:
+                    break
+                if len(keep) <= DROP_BELOW * len(active):
+                    active, tokens = active[keep], tokens[keep]
+                    cache.keep(keep)
+            hidden = cache.step(model, tokens)
+    model.train(was_training)
+
+    longest = int(lengths.max())
+    mask = torch.arange(longest, device=device) < lengths[:, None]  # [R, T]
+    ids = ids[:, :longest].masked_fill(~mask, policy.tokenizer.pad_token_id)
+    return Rollout(ids, mask, logprobs[:, :longest] * mask, ended)
+
+
+def draw_tokens(
+    logits: torch.Tensor, uniforms: torch.Tensor | None, banned: torch.Tensor, temperature: float, top_p: float, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token a row from logits [A, V] by inverting its distribution function at `uniforms` [A].
+
+    Returns tokens [A] and their log-probabilities [A] float32 under the whole distribution without `banned` [V].
+    """
+    logits = logits.masked_fill(banned, torch.finfo(torch.float32).min)
+    logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        # float64: the sum of 150,000 probabilities must not swallow the small ones.
+        probabilities = logprobs.double().exp()
+        if 0 < top_k < probabilities.shape[-1]:
+            smallest = probabilities.topk(top_k, dim=-1).values[:, -1:]
+            probabilities = probabilities.where(probabilities >= smallest, 0)
+        if top_p < 1:
+            ranked, order = probabilities.sort(dim=-1, descending=True)
+            before = ranked.cumsum(-1) - ranked  # a token stays if what stands before it is less than top_p
+            ranked = ranked.where(before < top_p * ranked.sum(-1, keepdim=True), 0)
+            probabilities = torch.zeros_like(probabilities).scatter(-1, order, ranked)
+        cumulative = probabilities.cumsum(-1)
+        # The first token whose cumulative probability exceeds u: never one of probability 0.
+        tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+class DecodeCache:
+    """Keys and values of prompts and completions, written in place, a token at a time."""
+
+    def __init__(self, prefix: Prefix, group_size: int, max_new_tokens: int):
+        prompts, heads, self.length, size = prefix.keys[0].shape
+        shape = (prompts * group_size, heads, self.length + max_new_tokens, size)
+        self.keys, self.values = [], []
+        for store, source in ((self.keys, prefix.keys), (self.values, prefix.values)):
+            for layer in source:
+                buffer = layer.new_empty(shape)
+                buffer[:, :, : self.length] = layer.repeat_interleave(group_size, dim=0)
+                store.append(buffer)
+        self.positions = prefix.next_positions.repeat_interleave(group_size)  # [A] of the next token
+        padded = not bool(prefix.attention_mask.all())
+        self.prompt_mask = prefix.attention_mask.repeat_interleave(group_size, dim=0) if padded else None  # [A, P]
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a decoder layer calls: store its new keys and values [A, heads, 1, D], return all so far."""
+        self.keys[layer][:, :, self.length - 1 : self.length] = keys
+        self.values[layer][:, :, self.length - 1 : self.length] = values
+        return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
+
+    def step(self, model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        """Feed one token a row [A]; returns the hidden states [A, H] that predict the next."""
+        text = model.model.language_model
+        hidden = text.embed_tokens(tokens[:, None])  # [A, 1, H]
+        rotary = text.rotary_emb(hidden, self.positions[None, :, None].expand(3, -1, -1))
+        self.length += 1
+        self.positions = self.positions + 1
+        mask = None
+        if self.prompt_mask is not None:
+            mask = torch.nn.functional.pad(self.prompt_mask, (0, self.length - self.prompt_mask.shape[1]), value=True)
+            mask = mask[:, None, None]  # [A, 1, 1, P + t]
+        for layer in text.layers:
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=self)
+        return text.norm(hidden)[:, 0]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Keep only `rows` [A'] of the rows in flight."""
+        self.keys = [layer[rows] for layer in self.keys]
+        self.values = [layer[rows] for layer in self.values]
+        self.positions = self.positions[rows]
+        self.prompt_mask = None if self.prompt_mask is None else self.prompt_mask[rows]
+
+
+def decode(policy: Policy, rollout: Rollout) -> list[str]:
+    """The completions as text, special tokens left out (`<think>` and the like are not special)."""
+    ids = [row[mask].tolist() for row, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)]
+    return policy.tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -1,0 +1,137 @@
+"""Scoring on a shared prompt equals scoring each row as one padded sequence, in values and in gradients."""
+
+import pytest
+import torch
+
+from common.forward import Scorer, micro_batches, token_logprobs
+from common.model import replace_images
+from tests.small_models import FAMILIES, picture, small_policy, small_prompts
+
+GROUP = 3
+
+
+def completions(policy, rows: int, tokens: int = 7, seed: int = 0):
+    """Random completions of different lengths with nonsense behind them."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 256, (rows, tokens), generator=generator)
+    lengths = torch.randint(1, tokens + 1, (rows,), generator=generator)
+    lengths[0] = tokens
+    return ids, torch.arange(tokens) < lengths[:, None]
+
+
+def padded_logprobs(policy, prompts, ids, mask, temperature):
+    """The slow way: every row is the model's own forward over prompt and completion."""
+    model, rows = policy.base, []
+    for r in range(len(ids)):
+        one = prompts.select([r // GROUP])
+        tokens = ids[r : r + 1, : int(mask[r].sum())]
+        both = torch.cat([one.input_ids, tokens], dim=1)
+        output = model(
+            input_ids=both,
+            pixel_values=one.pixel_values,
+            image_grid_thw=one.image_grid_thw,
+            mm_token_type_ids=(both == model.config.image_token_id).int(),
+        )
+        logits = output.logits[0, one.input_ids.shape[1] - 1 : -1].float().masked_fill(policy.banned, -1e30) / temperature
+        logprobs = logits.log_softmax(-1).gather(-1, tokens[0, :, None])[:, 0]
+        rows.append(torch.nn.functional.pad(logprobs, (0, ids.shape[1] - len(logprobs))))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_prompt_equals_padded_rows(family, recompute):
+    policy = small_policy(family)
+    prompts, _, _ = small_prompts(policy)
+    ids, mask = completions(policy, len(prompts) * GROUP)
+    weights = torch.randn(ids.shape, generator=torch.Generator().manual_seed(1))
+
+    scores = Scorer(policy, gradient_checkpointing=recompute)(prompts, ids, mask, temperature=0.7)
+    (scores.logprobs * weights).sum().backward()
+    shared = {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
+    policy.model.zero_grad()
+    reference = padded_logprobs(policy, prompts, ids, mask, 0.7)
+    (reference * weights).sum().backward()
+
+    assert scores.logprobs.dtype == torch.float32
+    torch.testing.assert_close(scores.logprobs, reference * mask, atol=1e-5, rtol=1e-5)
+    for name, parameter in policy.model.named_parameters():
+        if parameter.grad is not None:
+            scale = parameter.grad.abs().max().clamp(min=1e-3)
+            torch.testing.assert_close(shared[name] / scale, parameter.grad / scale, atol=1e-5, rtol=0, msg=name)
+    assert any("visual" in name for name in shared), "the vision tower gets gradients through the shared prompt"
+
+
+def test_neighbours_padding_and_order_change_nothing():
+    policy = small_policy()
+    prompts, _, _ = small_prompts(policy)
+    ids, mask = completions(policy, len(prompts) * GROUP)
+    scorer = Scorer(policy)
+    together = scorer(prompts, ids, mask).logprobs
+    for n in range(len(prompts)):
+        rows = slice(n * GROUP, (n + 1) * GROUP)
+        alone = scorer(prompts.select([n]), ids[rows], mask[rows]).logprobs
+        torch.testing.assert_close(together[rows], alone, atol=1e-5, rtol=1e-5)
+    nonsense = torch.where(mask, ids, 7)
+    torch.testing.assert_close(scorer(prompts, nonsense, mask).logprobs, together)
+
+
+def test_images_swapped_between_prompts_change_the_scores():
+    policy = small_policy()
+    prompts, _, images = small_prompts(policy, sizes=((32, 32), (32, 32), (32, 32)))
+    ids, mask = completions(policy, len(prompts) * GROUP)
+    scorer = Scorer(policy)
+    clean = scorer(prompts, ids, mask).logprobs
+    swapped = scorer(replace_images(policy, prompts, [images[1], images[0], images[2]]), ids, mask).logprobs
+    moved = ((clean - swapped).abs() > 1e-3).any(1).view(-1, GROUP).all(1)
+    assert moved.tolist() == [True, True, False]
+
+
+def test_replaced_images_must_fill_the_same_grid():
+    policy = small_policy()
+    prompts, _, images = small_prompts(policy)
+    with pytest.raises(ValueError, match="grids"):
+        replace_images(policy, prompts, [[picture(64, 64, 0)], *images[1:]])
+
+
+def test_the_softmax_leaves_out_vision_tokens():
+    policy = small_policy()
+    prompts, _, _ = small_prompts(policy)
+    ids = torch.arange(GROUP * len(prompts) * 30).remainder(256).view(-1, 30)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    scores = Scorer(policy)(prompts, ids, mask)
+    hidden, head = scores.hidden.detach(), policy.base.get_output_embeddings().weight.detach()
+    every_token = torch.arange(len(head)).expand(1, -1)
+    logprobs, entropy = token_logprobs(
+        hidden[:1, :1].expand(1, len(head), -1), head, every_token, every_token >= 0, policy.banned, 1.0
+    )
+    assert logprobs[0, ~policy.banned].exp().sum().item() == pytest.approx(1, abs=1e-5)
+    assert (logprobs[0, policy.banned].exp() == 0).all()
+    allowed = logprobs[0, ~policy.banned]
+    assert entropy[0, 0].item() == pytest.approx(-(allowed.exp() * allowed).sum().item(), abs=1e-4)
+
+
+def test_chunks_change_neither_values_nor_gradients(monkeypatch):
+    policy = small_policy()
+    prompts, _, _ = small_prompts(policy)
+    ids, mask = completions(policy, len(prompts) * GROUP)
+
+    def gradient():
+        policy.model.zero_grad()
+        scores = Scorer(policy)(prompts, ids, mask)
+        scores.logprobs.sum().backward()
+        return scores.logprobs.detach(), policy.base.lm_head.weight.grad.clone()
+
+    whole = gradient()
+    monkeypatch.setattr("common.forward.LOGIT_BUDGET", 3 * 272)
+    for one, other in zip(whole, gradient(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_micro_batches_hold_every_prompt_once_within_the_budget():
+    lengths = torch.tensor([5, 9, 2, 2, 7, 7, 1, 3])  # four prompts, two rows each
+    mask = torch.arange(9) < lengths[:, None]
+    batches = list(micro_batches(mask, prompt_width=10, group_size=2, budget=40))
+    assert batches == [[0], [2], [3, 1]]  # 28, 24, 2 * (10 + 6) tokens
+    assert list(micro_batches(mask, 10, 2, budget=1)) == [[0], [2], [3], [1]]
+    assert list(micro_batches(mask, 10, 2, budget=10**6)) == [[0, 2, 3, 1]]

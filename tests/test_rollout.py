@@ -1,0 +1,141 @@
+"""Sampling: the right distribution, the right log-probabilities, nothing inherited from a checkpoint."""
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from common.forward import Scorer
+from common.rollout import decode, draw_tokens, sample, uniform_numbers
+from tests.small_models import FAMILIES, small_policy, small_prompts
+
+GROUP, TOKENS = 3, 12
+NOTHING_BANNED = torch.zeros(6, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_generate(family):
+    policy = small_policy(family)
+    prompts, _, _ = small_prompts(policy)
+    ours = sample(policy, prompts, 1, TOKENS, None, temperature=0)
+    for n in range(len(prompts)):
+        one = prompts.select([n])
+        theirs = policy.model.generate(
+            input_ids=one.input_ids,
+            attention_mask=one.attention_mask.long(),
+            pixel_values=one.pixel_values,
+            image_grid_thw=one.image_grid_thw,
+            mm_token_type_ids=(one.input_ids == policy.base.config.image_token_id).int(),
+            do_sample=False,
+            max_new_tokens=TOKENS,
+            suppress_tokens=policy.banned.nonzero()[:, 0].tolist(),
+        )[0, one.input_ids.shape[1] :]
+        assert ours.completion_ids[n][ours.completion_mask[n]].tolist() == theirs.tolist()
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.6}, {"top_p": 0.8}, {"top_k": 5}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampled_logprobs_equal_teacher_forced_ones(family, settings):
+    policy = small_policy(family)
+    prompts, _, _ = small_prompts(policy)
+    rollout = sample(policy, prompts, GROUP, TOKENS, uniform_numbers(0, 0, range(9), TOKENS), **settings)
+    scores = Scorer(policy)(
+        prompts, rollout.completion_ids, rollout.completion_mask, settings.get("temperature", 1.0)
+    )
+    torch.testing.assert_close(rollout.old_logprobs, scores.logprobs.detach(), atol=1e-4, rtol=0)
+
+
+def test_token_frequencies_match_the_models_probabilities():
+    logits = torch.tensor([1.5, 0.0, -1.0, 0.7, -3.0, 2.0])
+    uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = logits.expand(len(uniforms), -1)
+    for settings, probabilities in [
+        ((1.0, 1.0, 0), logits.softmax(-1)),
+        ((0.5, 1.0, 0), (logits / 0.5).softmax(-1)),
+        ((1.0, 1.0, 2), torch.tensor([1.5, -torch.inf, -torch.inf, -torch.inf, -torch.inf, 2.0]).softmax(-1)),
+        # 2.0 and 1.5 hold 0.75 of the mass, so a third token is needed for 0.8 and no fourth.
+        ((1.0, 0.8, 0), torch.tensor([1.5, -torch.inf, -torch.inf, 0.7, -torch.inf, 2.0]).softmax(-1)),
+    ]:
+        tokens, logprobs = draw_tokens(rows, uniforms, NOTHING_BANNED, *settings)
+        counts = torch.bincount(tokens, minlength=6)
+        possible = probabilities > 0
+        assert counts[~possible].sum() == 0
+        expected = probabilities[possible].double()
+        expected *= len(uniforms) / expected.sum()
+        assert chisquare(counts[possible].numpy(), expected.numpy()).pvalue > 1e-3
+        torch.testing.assert_close(logprobs[:50], (logits / settings[0]).log_softmax(-1)[tokens[:50]])
+
+
+def test_sampled_completions_follow_the_models_own_probabilities():
+    policy = small_policy()
+    prompts, _, _ = small_prompts(policy)
+    one, rows = prompts.select([0]), 4000
+    rollout = sample(policy, one, rows, 1, uniform_numbers(1, 0, range(rows), 1))
+    counts = torch.bincount(rollout.completion_ids[:, 0], minlength=272)
+    every = torch.arange(272)[:, None]
+    probabilities = Scorer(policy)(one, every, torch.ones_like(every, dtype=torch.bool)).logprobs.exp()[:, 0].detach()
+    frequent = probabilities * rows >= 5
+    observed = torch.cat([counts[frequent], counts[~frequent].sum()[None]])
+    expected = torch.cat([probabilities[frequent], probabilities[~frequent].sum()[None]]).double()
+    assert chisquare(observed.numpy(), (expected / expected.sum() * rows).numpy()).pvalue > 1e-3
+
+
+def test_the_extreme_numbers_draw_possible_tokens():
+    logits = torch.tensor([[-torch.inf, 0.0, -100.0, 0.0, -torch.inf, -torch.inf]])
+    banned = torch.tensor([False, False, False, False, False, True])
+    for u in (0.0, 1 - 2**-53):
+        token, _ = draw_tokens(logits, torch.tensor([u], dtype=torch.float64), banned, 1.0, 1.0, 0)
+        assert token.item() in (1, 3)
+
+
+def test_vision_tokens_cannot_be_sampled():
+    policy = small_policy()
+    prompts, _, _ = small_prompts(policy)
+    head = policy.base.get_output_embeddings()
+    with torch.no_grad():  # a head that wants nothing but vision tokens
+        head.weight[policy.banned] *= 100
+    rollout = sample(policy, prompts, 20, 8, uniform_numbers(0, 0, range(60), 8))
+    assert not policy.banned[rollout.completion_ids[rollout.completion_mask]].any()
+    assert rollout.old_logprobs.isfinite().all()
+    assert policy.banned.nonzero()[:, 0].tolist() == [259, 260, 261, 262, 263, *range(264, 272)]
+
+
+def test_a_row_is_the_same_whoever_stands_beside_it():
+    policy = small_policy()
+    prompts, _, _ = small_prompts(policy)
+    uniforms = uniform_numbers(3, 7, range(9), TOKENS)
+    together = sample(policy, prompts, GROUP, TOKENS, uniforms)
+    for n in range(3):
+        rows = slice(n * GROUP, (n + 1) * GROUP)
+        alone = sample(policy, prompts.select([n]), GROUP, TOKENS, uniform_numbers(3, 7, range(9)[rows], TOKENS))
+        assert decode(policy, alone) == decode(policy, together)[rows]
+
+
+def test_rows_that_end_are_dropped_without_disturbing_the_others(monkeypatch):
+    policy = small_policy()
+    policy.end_token_ids = list(range(60))  # about a fifth of the tokens end a completion
+    prompts, _, _ = small_prompts(policy)
+    uniforms = uniform_numbers(0, 0, range(3 * 16), 30)
+    dropping = sample(policy, prompts, 16, 30, uniforms)
+    monkeypatch.setattr("common.rollout.DROP_BELOW", 0.0)
+    whole = sample(policy, prompts, 16, 30, uniforms)
+    assert torch.equal(dropping.completion_ids, whole.completion_ids)
+    assert torch.equal(dropping.completion_mask, whole.completion_mask)
+    torch.testing.assert_close(dropping.old_logprobs, whole.old_logprobs, atol=1e-5, rtol=0)
+    assert len(set(dropping.completion_mask.sum(1).tolist())) > 5
+
+    ids, mask, lengths = dropping.completion_ids, dropping.completion_mask, dropping.completion_mask.sum(1)
+    last = ids[torch.arange(len(ids)), lengths - 1]
+    assert (last[dropping.ended] < 60).all(), "the end token belongs to the completion"
+    ends = (ids < 60) & mask
+    assert (ends.sum(1) == dropping.ended).all(), "and nothing follows it"
+    assert (lengths[~dropping.ended] == 30).all()
+
+
+def test_nothing_is_inherited_from_the_checkpoints_generation_settings():
+    policy = small_policy()
+    prompts, _, _ = small_prompts(policy)
+    uniforms = uniform_numbers(0, 0, range(9), TOKENS)
+    plain = sample(policy, prompts, GROUP, TOKENS, uniforms)
+    settings = policy.model.generation_config
+    settings.do_sample, settings.temperature, settings.top_k, settings.repetition_penalty = True, 0.1, 1, 1.5
+    assert torch.equal(plain.completion_ids, sample(policy, prompts, GROUP, TOKENS, uniforms).completion_ids)
