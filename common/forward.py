@@ -9,7 +9,7 @@ Nothing of size rows x tokens x vocabulary is ever kept: `token_logprobs` runs t
 and runs it again in the backward pass.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +55,7 @@ class Scorer(torch.nn.Module):
     def forward(
         self, prompts: Prompts, completion_ids: torch.Tensor, completion_mask: torch.Tensor, temperature: float = 1.0
     ) -> Scores:
-        """Score completions [R, T] of N prompts; rows of a prompt stand together, so row r belongs to prompt r // (R / N).
+        """Score completions [R, T] of N prompts; rows of a prompt stand together: row r belongs to prompt r // (R / N).
 
         `completion_ids` int64 and `completion_mask` bool are right-padded; `temperature` is the sampling temperature.
         """
@@ -68,7 +68,12 @@ class Scorer(torch.nn.Module):
             last = prefix.states[prompt_of_row, -1:]  # [R, 1, H]
             hidden = torch.cat([last, states[:, :-1]], dim=1)  # [R, T, H]
             logprobs, entropy = token_logprobs(
-                hidden, model.get_output_embeddings().weight, completion_ids, completion_mask, policy.banned, temperature
+                hidden,
+                model.get_output_embeddings().weight,
+                completion_ids,
+                completion_mask,
+                policy.banned,
+                temperature,
             )
         return Scores(logprobs, entropy, hidden, states, prefix.states)
 
@@ -127,14 +132,15 @@ def forward_completions(
 ) -> torch.Tensor:
     """Last hidden states [R, T, H] of completions [R, T], each behind the prompt `prompt_of_row` [R] says."""
     text = model.model.language_model
-    tokens = completion_ids.shape[1]
+    tokens, width = completion_ids.shape[1], prefix.attention_mask.shape[1]
     embeds = text.embed_tokens(completion_ids)  # [R, T, H]
     steps = torch.arange(tokens, device=embeds.device)
     positions = prefix.next_positions[prompt_of_row, None] + steps  # [R, T]
     rotary = text.rotary_emb(embeds, positions.expand(3, -1, -1))
-    causal = (steps[:, None] >= steps).expand(len(completion_ids), 1, tokens, tokens)
-    before = prefix.attention_mask[prompt_of_row, None, None].expand(-1, 1, tokens, -1)
-    mask = torch.cat([before, causal], dim=-1)  # [R, 1, T, P + T]; padding stands behind, so no real token sees it
+    mask = torch.cat([steps.new_ones(tokens, width, dtype=torch.bool), steps[:, None] >= steps], dim=-1)[None, None]
+    if not bool(prefix.attention_mask.all()):
+        padded = torch.nn.functional.pad(prefix.attention_mask, (0, tokens), value=True)  # [N, P + T]
+        mask = mask & padded[prompt_of_row, None, None]  # [R, 1, T, P + T]
 
     hidden = embeds
     for level, layer in enumerate(text.layers):
@@ -144,7 +150,7 @@ def forward_completions(
 
 
 def run_layer(layer, hidden, mask, rotary, past, recompute: bool):
-    """One decoder layer: its output and its new keys and values. transformers' own checkpointing would drop the cache."""
+    """One decoder layer: its output, new keys and new values. transformers' own checkpointing would drop the cache."""
 
     def step(hidden, *past):
         cache = LayerCache(past or None)
@@ -171,13 +177,13 @@ def token_logprobs(
     """
     rows = hidden[completion_mask]  # [Z, H]
     targets = completion_ids[completion_mask]  # [Z]
+    bias = torch.zeros(len(head), dtype=rows.dtype, device=rows.device).masked_fill(banned, -1e30)  # [V] costs no pass
 
     def chunk_logprobs(rows, targets):
-        logits = (rows @ head.T.to(rows.dtype)).float() / temperature  # [C, V]
-        logits = logits.masked_fill(banned, torch.finfo(torch.float32).min)
+        logits = torch.nn.functional.linear(rows / temperature, head, bias).float()  # [C, V]
         logprobs = logits.log_softmax(-1)
         with torch.no_grad():
-            entropy = -(logprobs.exp() * logprobs).sum(-1)
+            entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs)
         return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
     size = max(1, LOGIT_BUDGET // len(head))
@@ -189,12 +195,12 @@ def token_logprobs(
             for pair in zip(rows.split(size), targets.split(size), strict=True)
         ]
     zeros = torch.zeros(completion_mask.shape, device=hidden.device)
-    return tuple(
-        zeros.masked_scatter(completion_mask, torch.cat(values)) for values in zip(*chunks, strict=True)
-    )
+    return tuple(zeros.masked_scatter(completion_mask, torch.cat(values)) for values in zip(*chunks, strict=True))
 
 
-def micro_batches(completion_mask: torch.Tensor, prompt_width: int, group_size: int, budget: int) -> Iterator[list[int]]:
+def micro_batches(
+    completion_mask: torch.Tensor, prompt_width: int, group_size: int, budget: int
+) -> Iterator[list[int]]:
     """Cut prompts into micro-batches of at most `budget` tokens, padding counted, longest completions first.
 
     Prompts of similar length stand together, and a prompt's rows are never parted, since they share its forward.
@@ -210,3 +216,39 @@ def micro_batches(completion_mask: torch.Tensor, prompt_width: int, group_size: 
         batch.append(prompt)
     if batch:
         yield batch
+
+
+def rows_of(prompts: Iterable[int], group_size: int) -> list[int]:
+    """The rows of some prompts: rows of a prompt stand together.
+
+    >>> rows_of([0, 2], group_size=3)
+    [0, 1, 2, 6, 7, 8]
+    """
+    return [n * group_size + g for n in prompts for g in range(group_size)]
+
+
+@torch.no_grad()
+def score_without_gradient(
+    scorer: Scorer,
+    prompts: Prompts,
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor,
+    wanted: torch.Tensor,
+    *,
+    group_size: int,
+    temperature: float,
+    micro_batch_tokens: int,
+) -> torch.Tensor:
+    """Log-probabilities [R, T] float32 of the groups `wanted` [N] bool, in micro-batches; 0 elsewhere."""
+    logprobs = torch.zeros(completion_ids.shape, device=completion_ids.device)
+    groups = wanted.nonzero()[:, 0].tolist()
+    mask = completion_mask[rows_of(groups, group_size)]
+    for batch in micro_batches(mask, prompts.input_ids.shape[1], group_size, micro_batch_tokens):
+        members = [groups[n] for n in batch]
+        rows = rows_of(members, group_size)
+        length = int(completion_mask[rows].sum(1).max())
+        scores = scorer(
+            prompts.select(members), completion_ids[rows, :length], completion_mask[rows, :length], temperature
+        )
+        logprobs[rows, :length] = scores.logprobs
+    return logprobs

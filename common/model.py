@@ -98,7 +98,9 @@ def load_policy(
     adapter = None
     if (Path(source) / "adapter_config.json").is_file():
         adapter = source
-        source = resolve_name(json.loads((Path(adapter) / "adapter_config.json").read_text())["base_model_name_or_path"])
+        source = resolve_name(
+            json.loads((Path(adapter) / "adapter_config.json").read_text())["base_model_name_or_path"]
+        )
     lora = bool(lora_rank or adapter)
     frozen_on_cuda = device.type == "cuda" and (lora or not trainable)
     try:
@@ -161,7 +163,9 @@ def encode_prompts(policy: Policy, messages: list[list[dict]], images: list[list
     for n, text in enumerate(texts):
         pieces = text.split(image_token)
         if len(pieces) - 1 != len(images[n]):
-            raise ValueError(f"prompt {n} has {len(pieces) - 1} image tokens and {len(images[n])} images: {text[:200]!r}")
+            raise ValueError(
+                f"prompt {n} has {len(pieces) - 1} image tokens and {len(images[n])} images: {text[:200]!r}"
+            )
         texts[n] = pieces[0] + "".join(image_token * next(tokens_per_image) + piece for piece in pieces[1:])
 
     encoded = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]

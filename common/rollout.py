@@ -102,7 +102,12 @@ def sample(
 
 
 def draw_tokens(
-    logits: torch.Tensor, uniforms: torch.Tensor | None, banned: torch.Tensor, temperature: float, top_p: float, top_k: int
+    logits: torch.Tensor,
+    uniforms: torch.Tensor | None,
+    banned: torch.Tensor,
+    temperature: float,
+    top_p: float,
+    top_k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token a row from logits [A, V] by inverting its distribution function at `uniforms` [A].
 

@@ -75,7 +75,9 @@ def small_folder(family: str) -> str:
         config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **shared)
         build = Qwen2_5_VLForConditionalGeneration
     else:
-        vision = dict(depth=2, embed_dim=32, hidden_size=32, num_heads=2, patch_size=8, spatial_merge_size=2, mlp_ratio=2)
+        vision = dict(
+            depth=2, embed_dim=32, hidden_size=32, num_heads=2, patch_size=8, spatial_merge_size=2, mlp_ratio=2
+        )
         config, build = Qwen2VLConfig(text_config=text, vision_config=vision, **shared), Qwen2VLForConditionalGeneration
     torch.manual_seed(0)
     model = build(config).float()

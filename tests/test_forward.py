@@ -32,7 +32,9 @@ def padded_logprobs(policy, prompts, ids, mask, temperature):
             image_grid_thw=one.image_grid_thw,
             mm_token_type_ids=(both == model.config.image_token_id).int(),
         )
-        logits = output.logits[0, one.input_ids.shape[1] - 1 : -1].float().masked_fill(policy.banned, -1e30) / temperature
+        logits = (
+            output.logits[0, one.input_ids.shape[1] - 1 : -1].float().masked_fill(policy.banned, -1e30) / temperature
+        )
         logprobs = logits.log_softmax(-1).gather(-1, tokens[0, :, None])[:, 0]
         rows.append(torch.nn.functional.pad(logprobs, (0, ids.shape[1] - len(logprobs))))
     return torch.stack(rows)

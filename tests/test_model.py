@@ -108,5 +108,5 @@ def test_a_folder_of_another_family_is_named(tmp_path):
     with pytest.raises(SystemExit, match="'gpt2' is not one of qwen2_vl"):
         load_policy(str(tmp_path))
     (tmp_path / "config.json").unlink()
-    with pytest.raises(SystemExit, match="neither config.json nor adapter_config.json"):
+    with pytest.raises(SystemExit, match=r"neither config\.json nor adapter_config\.json"):
         load_policy(str(tmp_path))

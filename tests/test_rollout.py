@@ -38,9 +38,7 @@ def test_sampled_logprobs_equal_teacher_forced_ones(family, settings):
     policy = small_policy(family)
     prompts, _, _ = small_prompts(policy)
     rollout = sample(policy, prompts, GROUP, TOKENS, uniform_numbers(0, 0, range(9), TOKENS), **settings)
-    scores = Scorer(policy)(
-        prompts, rollout.completion_ids, rollout.completion_mask, settings.get("temperature", 1.0)
-    )
+    scores = Scorer(policy)(prompts, rollout.completion_ids, rollout.completion_mask, settings.get("temperature", 1.0))
     torch.testing.assert_close(rollout.old_logprobs, scores.logprobs.detach(), atol=1e-4, rtol=0)
 
 

@@ -1,0 +1,50 @@
+"""Runs a training script and writes what the optimizer saw, for tests that compare runs across processes.
+
+    [accelerate launch --num-processes 2] tests/train_worker.py SCRIPT FILE.pt --flag value ...
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common.run import Run  # noqa: E402
+
+
+def record(script: str, arguments: list[str]) -> dict:
+    """Train with these flags; returns each optimizer step's gradients and the weights at the end."""
+    torch.set_num_threads(1)
+    seen = {"gradients": []}
+    check, save = Run.check_gradients, Run.save
+
+    def check_and_record(self, grad_norm):
+        seen["gradients"].append({n: p.grad.clone() for n, p in self.policy_for_tests if p.grad is not None})
+        return check(self, grad_norm)
+
+    def save_and_record(self, step, policy, optimizer):
+        seen["weights"] = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
+        save(self, step, policy, optimizer)
+
+    restore = Run.restore
+
+    def restore_and_remember(self, policy, optimizer):
+        self.policy_for_tests = list(policy.model.named_parameters())
+        return restore(self, policy, optimizer)
+
+    Run.check_gradients, Run.save, Run.restore = check_and_record, save_and_record, restore_and_remember
+    try:
+        module = importlib.import_module(script)
+        module.main(tyro.cli(module.Args, args=arguments))
+    finally:
+        Run.check_gradients, Run.save, Run.restore = check, save, restore
+    return seen
+
+
+if __name__ == "__main__":
+    result = record(sys.argv[1], sys.argv[3:])
+    if int(__import__("os").environ.get("RANK", 0)) == 0:
+        torch.save(result, sys.argv[2])
