@@ -114,13 +114,12 @@ def draw_tokens(
     Returns tokens [A] and their log-probabilities [A] float32 under the whole distribution without `banned` [V].
     """
     logits = logits.masked_fill(banned, torch.finfo(torch.float32).min)
-    logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
+    whole = (logits / (temperature or 1.0)).softmax(-1)  # [A, V]
     if temperature == 0:
         tokens = logits.argmax(-1)
     else:
-        # float64: the sum of 150,000 probabilities must not swallow the small ones.
-        probabilities = logprobs.double().exp()
-        if 0 < top_k < probabilities.shape[-1]:
+        probabilities = whole
+        if 0 < top_k < whole.shape[-1]:
             smallest = probabilities.topk(top_k, dim=-1).values[:, -1:]
             probabilities = probabilities.where(probabilities >= smallest, 0)
         if top_p < 1:
@@ -128,10 +127,11 @@ def draw_tokens(
             before = ranked.cumsum(-1) - ranked  # a token stays if what stands before it is less than top_p
             ranked = ranked.where(before < top_p * ranked.sum(-1, keepdim=True), 0)
             probabilities = torch.zeros_like(probabilities).scatter(-1, order, ranked)
-        cumulative = probabilities.cumsum(-1)
+        # float64: the sum of 150,000 probabilities must not swallow the small ones.
+        cumulative = probabilities.cumsum(-1, dtype=torch.float64)
         # The first token whose cumulative probability exceeds u: never one of probability 0.
         tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+    return tokens, whole.gather(-1, tokens[:, None])[:, 0].log()
 
 
 class DecodeCache:

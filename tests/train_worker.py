@@ -1,6 +1,6 @@
 """Runs a training script and writes what the optimizer saw, for tests that compare runs across processes.
 
-    [accelerate launch --num-processes 2] tests/train_worker.py SCRIPT FILE.pt --flag value ...
+[accelerate launch --num-processes 2] tests/train_worker.py SCRIPT FILE.pt --flag value ...
 """
 
 import importlib
@@ -12,7 +12,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common.run import Run  # noqa: E402
+from common.run import Run
 
 
 def record(script: str, arguments: list[str]) -> dict:

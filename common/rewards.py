@@ -1,0 +1,534 @@
+"""Is a completion's answer right? Extraction, normalization and comparison, one kind of answer at a time.
+
+Text work runs here, in time linear in the text, without `eval` and without patterns that backtrack. Symbolic equality
+alone goes to math-verify, in a separate process that can be killed (`common/math_worker.py`); it is started when first
+needed, which the built-in puzzles never do.
+"""
+
+import json
+import os
+import re
+import selectors
+import subprocess
+import sys
+import threading
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+
+KINDS = ("int", "math", "float3", "relaxed", "letter", "letters", "choice", "time", "yesno", "exact")
+STATUSES = ("ok", "no_answer", "hedge", "unparsed", "too_long", "timeout", "error")
+LONGEST_COMPLETION, LONGEST_ANSWER, LONGEST_EXPRESSION, LONGEST_NUMBER = 65_536, 2_048, 512, 200  # characters
+DEADLINE, START_DEADLINE = 2.0, 60.0  # seconds, of one comparison and of the worker's imports
+MOST_TIMEOUTS = 8  # in one call of `score`; further symbolic comparisons are then false without being tried
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`status` is `ok` where an answer was found and could be compared; with any other it is wrong."""
+
+    correct: bool
+    answer: str | None
+    status: str
+
+
+def check(
+    completion: str, gold: str, kind: str, choices: Sequence[str] | None = None, answer_format: str = "auto"
+) -> Verdict:
+    """Compare a completion's final answer with the gold answer. Never raises, never runs what it reads.
+
+    `answer_format` is `tag` (between <answer> and </answer>), `boxed` (\\boxed{...}), or `auto`: tag, else boxed.
+
+    >>> check("<think>6 and 6</think><answer>12</answer>", "12", "int")
+    Verdict(correct=True, answer='12', status='ok')
+    """
+    answer = None
+    try:
+        answer, status = extract(completion, answer_format)
+        if answer is None:
+            return Verdict(False, None, status)
+        if len(answer) > LONGEST_ANSWER:
+            return Verdict(False, None, "too_long")
+        correct, status = compare(normalize(answer), normalize(gold), kind, choices)
+        return Verdict(correct, answer, status)
+    except Exception:  # a reward that raises is 0, is counted, and does not end the run
+        return Verdict(False, answer, "error")
+
+
+def score(completions: Sequence[str], examples: Sequence) -> tuple[list[float], dict[str, int]]:
+    """Verdicts 0.0 or 1.0 of completions, and how often each status came up. Example i belongs to completion i.
+
+    Examples have `answer`, `kind` and `choices`. Statuses that did not come up are left out of the counts.
+    """
+    _worker.timeouts = 0
+    verdicts = [check(text, e.answer, e.kind, e.choices) for text, e in zip(completions, examples, strict=True)]
+    counts = Counter(verdict.status for verdict in verdicts)
+    return [float(verdict.correct) for verdict in verdicts], {s: counts[s] for s in STATUSES if counts[s]}
+
+
+def prepare_gold(gold, kind: str, choices: Sequence[str] | None = None) -> str:
+    """A data set's answer as text that `check` can compare with: taken out of \\boxed{} or <answer>, trimmed.
+
+    Raises:
+        ValueError: one line, where there is no answer or it is not of that kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown answer kind {kind!r}: choose one of {', '.join(KINDS)}")
+    if isinstance(gold, list | tuple) and len(gold) == 1:
+        gold = gold[0]
+    if gold is None or isinstance(gold, list | tuple | dict) or not str(gold).strip():
+        raise ValueError(f"no answer ({gold!r})")
+    text = str(gold).strip()
+    if "\\boxed" in text or "<answer>" in text.lower():
+        found, _ = extract(text, "auto")
+        if found is None:
+            raise ValueError(f"no answer inside {text[:60]!r}")
+        text = found
+    plain = normalize(text)
+    if kind == "choice" and choices:
+        usable = any(same_text(plain, normalize(choice)) for choice in choices)
+    elif kind in READERS:
+        usable = READERS[kind](plain, choices) is not None
+    else:
+        usable = bool(plain)
+    if not usable:
+        raise ValueError(f"the answer {text[:60]!r} is not of kind {kind}")
+    return text
+
+
+# ------------------------------------------------------------------------------------------------- extraction
+
+_ASCII_LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}  # unlike str.lower(), keeps the length
+_CONNECTIVES = {"or", "and", "either", "maybe", "possibly", "perhaps", "alternatively"}
+
+
+def extract(completion: str, answer_format: str = "auto") -> tuple[str | None, str]:
+    """The final answer and its status: `ok`, `no_answer`, or `hedge` where several different ones are given."""
+    text = completion[-LONGEST_COMPLETION:]
+    lower = text.translate(_ASCII_LOWER)
+    opened = max(lower.rfind("<think>"), lower.rfind("<rethink>"))
+    closed = max(lower.rfind("</think>"), lower.rfind("</rethink>"))
+    if opened > closed:
+        return None, "no_answer"  # the reasoning was cut off
+    if closed >= 0:
+        start = lower.index(">", closed) + 1
+        text, lower = text[start:], lower[start:]
+    if answer_format in ("tag", "auto"):
+        found = {unbox(content.strip()) for content in tagged(text, lower)} - {""}
+        if len(found) > 1:
+            return None, "hedge"
+        if found:
+            return found.pop(), "ok"
+    if answer_format in ("boxed", "auto"):
+        contents = dict.fromkeys(unbox(content.strip()) for content in last_boxes(text))
+        answer = ", ".join(content for content in contents if content)
+        if answer:
+            return answer, "ok"
+    return None, "no_answer"
+
+
+def tagged(text: str, lower: str) -> list[str]:
+    """What stands between <answer> and </answer>; a second opening marker starts the pair again."""
+    contents, start = [], None
+    for marker in re.finditer(r"</?answer>", lower):
+        if marker[0] == "<answer>":
+            start = marker.end()
+        elif start is not None:
+            contents.append(text[start : marker.start()])
+            start = None
+    return contents
+
+
+def last_boxes(text: str) -> list[str]:
+    """Contents of the last \\boxed{...} and of those before it that only an "or" or the like separates from it."""
+    boxes, position = [], 0
+    while (begin := text.find("\\boxed{", position)) >= 0:
+        depth = 0
+        for brace in re.finditer(r"\\[{}\\]|[{}]", text[begin + 6 :]):
+            depth += (brace[0] == "{") - (brace[0] == "}")
+            if depth == 0 and brace[0] == "}":
+                break
+        else:
+            break  # never closed: dropped, with everything after it
+        position = begin + 6 + brace.end()
+        boxes.append((begin, position))
+    joined = boxes[-1:]
+    for box in reversed(boxes[:-1]):
+        between = text[box[1] : joined[0][0]]
+        if len(between) > 40 or re.search(r"[.!?](\s|$)", between):
+            break
+        words = re.sub(r"[\s$\\()\[\],;/.:*&]+", " ", between).lower().split()
+        if not set(words) <= _CONNECTIVES:
+            break
+        joined.insert(0, box)
+    return [text[begin + 7 : end - 1] for begin, end in joined]
+
+
+def unbox(answer: str) -> str:
+    """An answer that is itself one \\boxed{...} is what stands in it."""
+    while answer.startswith("\\boxed{") and answer.endswith("}"):
+        boxes = last_boxes(answer)
+        if len(boxes) != 1 or len(boxes[0]) != len(answer) - 8:
+            break
+        answer = boxes[0].strip()
+    return answer
+
+
+# ------------------------------------------------------------------------------------------------- normalization
+
+_SUPERSCRIPTS = {c: str(i) for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
+_SIGNS = {"−": "-", "–": "-", "⁄": "/", "×": r"\times ", "·": r"\cdot ", "°": r"^\circ", "π": r"\pi "}
+
+
+def normalize(answer: str) -> str:
+    """One spelling for what means the same: Unicode digits and signs, LaTeX spacing and text commands."""
+    # Before NFKC, which would turn 10 squared into 102 and three and a half into 31/2.
+    answer = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda m: "^{" + "".join(map(_SUPERSCRIPTS.get, m[0])) + "}", answer)
+    for char in set(answer):
+        if unicodedata.category(char) == "No" and "⁄" in (parts := unicodedata.normalize("NFKC", char)):
+            answer = answer.replace(char, " " + parts.replace("⁄", "/"))
+    answer = unicodedata.normalize("NFKC", answer)
+    answer = "".join(
+        str(unicodedata.decimal(c)) if c.isdecimal() else _SIGNS.get(c, c)
+        for c in answer
+        if unicodedata.category(c) != "Cf"
+    )
+    answer = re.sub(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\\$|\\[,!;:()\[\]]|\$|\*\*", "", answer)
+    answer = answer.replace("\\ ", " ").replace("~", " ").replace("\\%", "%").replace("{,}", ",")
+    answer = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", answer)
+    for _ in range(3):
+        answer = re.sub(r"\\(?:text|mathrm|textbf|mathbf|operatorname|mbox)\s?\{([^{}]*)\}", r"\1", answer)
+    answer = " ".join(answer.split())
+    return answer.removesuffix(".").strip() if answer != "." else ""
+
+
+def same_text(one: str, other: str) -> bool:
+    return "".join(one.casefold().split()) == "".join(other.casefold().split())
+
+
+# ------------------------------------------------------------------------------------------------- numbers
+
+_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
+_POWER = r"e([+-]?\d{1,3})| ?\\(?:times|cdot) ?10\^(?:\{ ?([+-]?\d{1,3}) ?\}|(\d))"
+_PLAIN = re.compile(rf"([+-]?) ?({_DECIMAL})(?:{_POWER})?", re.IGNORECASE)
+_FRACTION = re.compile(
+    rf"([+-]?) ?(?:(\d+) ?)??(?:\\frac ?(?:\{{ ?([+-]?{_DECIMAL}) ?\}} ?\{{ ?([+-]?{_DECIMAL}) ?\}}|(\d) ?(\d))"
+    rf"|({_DECIMAL}) ?/ ?({_DECIMAL}))"
+)
+_UNITS = (
+    "mm|cm|dm|m|km|in|inch|inches|ft|foot|feet|yd|yard|yards|mi|mile|miles|mg|g|gram|grams|kg|lb|lbs|oz|ml|l|liter|liters"
+    "|litre|litres|s|sec|second|seconds|min|minute|minutes|h|hr|hour|hours|day|days|week|weeks|year|years|unit|units"
+    "|degree|degrees|deg|rad|radian|radians|dollar|dollars|cent|cents|euro|euros|meter|meters|metre|metres|centimeter"
+    "|centimeters|kilometer|kilometers|mph|percent|n|j|w|v|a|hz|k|c|f|pa|kpa|mol"
+)  # fmt: skip
+_QUANTITY_END = re.compile(
+    r" ?(%|\^ ?\\circ|\^ ?\{ ?\\circ ?\}"
+    rf"|(?:square |sq\.? |cubic )?(?:{_UNITS})(?: ?/ ?(?:{_UNITS}))?(?: ?\^ ?\{{?[23]\}}?)?)\.?",
+    re.IGNORECASE,
+)
+_SAME_UNIT = {"percent": "%", "degree": "deg", "degrees": "deg", "inch": "in", "inches": "in", "foot": "ft"}
+
+
+def decimal(text: str) -> Fraction | None:
+    """A decimal literal, thousands commas and powers of ten included, as an exact number."""
+    match = _PLAIN.fullmatch(text) if len(text) <= LONGEST_NUMBER else None
+    if not match:
+        return None
+    sign, digits, *exponents = match.groups()
+    value = Fraction(digits.replace(",", "").rstrip(".") or "0")
+    value *= Fraction(10) ** int(next((e for e in exponents if e), "0"))
+    return -value if sign == "-" else value
+
+
+def number(text: str) -> Fraction | None:
+    """A literal number: a decimal, a fraction, or a mixed number. Nothing is computed."""
+    value = decimal(text)
+    if value is not None or len(text) > LONGEST_NUMBER:
+        return value
+    match = _FRACTION.fullmatch(text)
+    if not match:
+        return None
+    sign, whole, *parts = match.groups()
+    top, bottom = (decimal(part) for part in parts if part is not None)
+    if not bottom:
+        return None
+    value = int(whole or 0) + top / bottom
+    return -value if sign == "-" else value
+
+
+def quantity(text: str) -> tuple[Fraction, str] | None:
+    """A literal number and its unit (empty: none)."""
+    text = text.strip().removeprefix("€").removeprefix("£").removeprefix("¥").strip()
+    value = number(text)
+    if value is not None:
+        return value, ""
+    if len(text) > LONGEST_NUMBER:
+        return None
+    for end in re.finditer(r"(?<=[\d}.]) ?(?=[%^a-zA-Z])", text):  # where a number may stop and a unit start
+        unit = _QUANTITY_END.fullmatch(text[end.start() :])
+        if unit and (value := number(text[: end.start()].strip())) is not None:
+            name = re.sub(r"[\s{}]", "", unit[1].lower())
+            return value, "deg" if "circ" in name else _SAME_UNIT.get(name, name)
+    return None
+
+
+def same_quantity(one: tuple[Fraction, str], gold: tuple[Fraction, str]) -> bool:
+    """Equal to one in a million. A unit that only one side has is ignored; two different ones are not converted."""
+    (value, unit), (target, gold_unit) = one, gold
+
+    def close(a: Fraction, b: Fraction) -> bool:
+        return abs(a - b) <= abs(b) / 1_000_000
+
+    if unit and gold_unit and unit != gold_unit:
+        return False
+    if (unit == "%") != (gold_unit == "%"):
+        return close(value, target) or close(value / 100 if unit == "%" else value * 100, target)
+    return close(value, target)
+
+
+def without_name(text: str) -> str:
+    """`x = 5` as `5`."""
+    return re.sub(r"^\\?[a-zA-Z]\w{0,10} ?= ?", "", text)
+
+
+def integer(text: str, _choices=None) -> int | None:
+    """The one whole number that a text states: a literal, or a sentence with a single number and no operator."""
+    text = without_name(text)
+    value = decimal(text)
+    if value is None and (with_unit := quantity(text)) and "/" not in text and "\\frac" not in text:
+        value = with_unit[0]
+    if value is None:
+        numbers = re.findall(rf"(?<![\w.,])-?{_DECIMAL}(?![\d,]*\d)", text)
+        digits = len(re.findall(r"\d+", text))
+        if len(numbers) != 1 or digits != len(re.findall(r"\d+", numbers[0])) or re.search(r"[+*/^=\\]| - ", text):
+            return None
+        value = decimal(numbers[0])
+    return int(value) if value is not None and value.denominator == 1 else None
+
+
+# ------------------------------------------------------------------------------------------------- the other readers
+
+
+def letter(text: str, choices: Sequence[str] | None = None) -> str | None:
+    """The one option that a text names: `B`, `(B)`, `Option B`, `B. its text`, or its text alone."""
+    options = [normalize(str(choice)) for choice in choices or ()]
+    match = re.fullmatch(r"(?:(?:option|choice|answer)(?: is)?:? )?\(?([a-z])\)?[.:]?", text, re.IGNORECASE)
+    if match:
+        return match[1].upper()
+    named = [chr(ord("A") + i) for i, option in enumerate(options) if same_text(option, text)]
+    if len(named) == 1:
+        return named[0]
+    match = re.fullmatch(r"(?:\(([a-z])\)[.:]?|([a-z])[.:)]) ?(.+)", text, re.IGNORECASE)
+    if not match:
+        return None  # an A before other words is an article, not an answer
+    name, place = (match[1] or match[2]).upper(), ord((match[1] or match[2]).upper()) - ord("A")
+    if options and not (place < len(options) and same_text(options[place], match[3])):
+        return None
+    return name
+
+
+def letters(text: str, _choices=None) -> frozenset[str] | None:
+    """The set of letters in `A, C` or `(A) and (C)`."""
+    parts = [part for part in re.split(r"[,;\s]+|and", text) if part]
+    found = [re.fullmatch(r"\(?([A-Za-z])\)?\.?", part) for part in parts]
+    return frozenset(m[1].upper() for m in found) if parts and all(found) else None
+
+
+def clock(text: str, _choices=None) -> tuple[int, int] | None:
+    """Hours on a twelve-hour dial, and minutes."""
+    match = re.fullmatch(r"(\d{1,2}):(\d{2})(?::00)?(?: ?[ap]\.?m\.?)?", text, re.IGNORECASE)
+    if not match or int(match[1]) > 24 or int(match[2]) > 59:
+        return None
+    return int(match[1]) % 12, int(match[2])
+
+
+def yes_or_no(text: str, _choices=None) -> str | None:
+    words = re.findall(r"[a-z]+", text.lower())
+    if not words or words[0] not in ("yes", "no"):
+        return None
+    return None if {"yes", "no"} <= set(words) else words[0]
+
+
+READERS = {
+    "int": integer,
+    "letter": letter,
+    "letters": letters,
+    "time": clock,
+    "yesno": yes_or_no,
+    "float3": lambda text, _choices=None: number(text),
+}
+
+
+# ------------------------------------------------------------------------------------------------- comparison
+
+
+def compare(answer: str, gold: str, kind: str, choices: Sequence[str] | None = None) -> tuple[bool, str]:
+    """Whether two normalized answers agree as answers of that kind, and the status."""
+    if kind == "math":
+        return same_math(answer, gold)
+    if kind == "exact":
+        return answer.casefold() == gold.casefold(), "ok"
+    if kind == "relaxed":
+        value, target = (percent(text) for text in (answer, gold))
+        if value is None or not target:
+            return same_text(answer, gold), "ok"
+        return abs(value - target) <= abs(target) / 20, "ok"
+    if kind == "choice":
+        found = letter(answer, choices)
+        named = [chr(ord("A") + i) for i, c in enumerate(choices or ()) if same_text(normalize(str(c)), gold)]
+        # Options may be letters themselves: their text goes before their place.
+        return same_text(answer, gold) or (found is not None and found in named), "ok" if found else "unparsed"
+    if kind not in READERS:
+        return False, "error"
+    found, target = READERS[kind](answer, choices), READERS[kind](gold, choices)
+    if found is None or target is None:
+        return False, "unparsed"
+    if kind == "float3":
+        return abs(found - target) <= Fraction(1, 1000), "ok"
+    return found == target, "ok"
+
+
+def percent(text: str) -> Fraction | None:
+    value = quantity(text)
+    return None if value is None else value[0] / 100 if value[1] == "%" else value[0]
+
+
+def same_math(answer: str, gold: str, depth: int = 0) -> tuple[bool, str]:
+    """Equal text, then equal quantities, then lists, sets, tuples and intervals by element, then symbolic equality."""
+    if same_text(answer, gold):
+        return True, "ok"
+    if "=" not in gold:
+        answer = without_name(answer)
+    elif "=" not in answer:
+        gold = without_name(gold)
+    if same_text(answer, gold):
+        return True, "ok"
+    value, target = quantity(answer), quantity(gold)
+    if value and target:
+        return same_quantity(value, target), "ok"
+    parts, gold_parts = elements(answer), elements(gold)
+    if (parts or gold_parts) and depth == 0:
+        if not parts or not gold_parts or len(parts[1]) != len(gold_parts[1]):
+            return False, "ok"
+        return same_elements(parts, gold_parts)
+    return _worker.equal(answer, gold)
+
+
+def elements(text: str) -> tuple[str, list[str]] | None:
+    """The brackets around a list (`()`, `[)`, `{}` or none) and what stands between its outer commas."""
+    brackets = ""
+    inner = text
+    for opening, closing in (("\\{", "\\}"), ("{", "}"), ("(", ")"), ("(", "]"), ("[", ")"), ("[", "]")):
+        if len(text) > 2 and text.startswith(opening) and text.endswith(closing):
+            brackets, inner = opening[-1] + closing[-1], text[len(opening) : -len(closing)]
+            break
+    parts, depth, start = [], 0, 0
+    for place, char in enumerate(inner):
+        depth += (char in "([{") - (char in ")]}")
+        if depth < 0:
+            return None
+        if char == "," and depth == 0:
+            parts.append(inner[start:place].strip())
+            start = place + 1
+    parts.append(inner[start:].strip())
+    if depth or (len(parts) == 1 and brackets != "{}") or len(parts) > 32 or not all(parts):
+        return None
+    return brackets, parts
+
+
+def same_elements(one: tuple[str, list[str]], gold: tuple[str, list[str]]) -> tuple[bool, str]:
+    (brackets, parts), (gold_brackets, targets) = one, gold
+    if brackets and gold_brackets and brackets != gold_brackets:
+        return False, "ok"
+    ordered = bool(gold_brackets) and gold_brackets != "{}"
+    left = list(targets)
+    for i, part in enumerate(parts):
+        for target in [targets[i]] if ordered else left:
+            if same_math(part, target, depth=1)[0]:
+                left.remove(target)
+                break
+        else:
+            return False, "ok"
+    return True, "ok"
+
+
+# ------------------------------------------------------------------------------------------------- symbolic equality
+
+_TOO_HEAVY = re.compile(
+    r"\^ ?(?:[^{\s] ?|\{[^}]{0,60})\^"  # a power in an exponent
+    r"|\d{16}|(?:e|\^ ?\{? ?[+-]?)\d{3}"  # numbers and exponents that are written to be large
+    r"|(?:[)\]}!]|\d{3}) ?!"  # factorials of anything but a small number
+    r"|\\(?:int|sum|prod|lim|binom)",
+    re.IGNORECASE,
+)
+
+
+def symbolic_work_is_bounded(text: str) -> bool:
+    """Refuse what could keep a computer algebra system busy, and what it would read although brackets are open."""
+    opened, closed = sum(map(text.count, "([{")), sum(map(text.count, ")]}"))
+    return len(text) <= LONGEST_EXPRESSION and opened == closed <= 60 and _TOO_HEAVY.search(text) is None
+
+
+class _Worker:
+    """The process that compares symbolically: started when first needed, killed when it takes too long."""
+
+    def __init__(self):
+        self.process, self.timeouts, self.lock = None, 0, threading.Lock()
+        self.ask_once = lru_cache(maxsize=100_000)(self.ask)
+
+    def equal(self, answer: str, gold: str) -> tuple[bool, str]:
+        if not (symbolic_work_is_bounded(answer) and symbolic_work_is_bounded(gold)):
+            return False, "unparsed"
+        if self.timeouts >= MOST_TIMEOUTS:
+            return False, "timeout"
+        try:
+            return self.ask_once(answer, gold), "ok"
+        except TimeoutError:
+            self.timeouts += 1
+            return False, "timeout"
+
+    def ask(self, answer: str, gold: str) -> bool:
+        with self.lock:
+            if self.process is None or self.process.poll() is not None:
+                self.start()
+            try:
+                self.process.stdin.write(json.dumps([answer, gold]) + "\n")
+                self.process.stdin.flush()
+                return self.read(DEADLINE)
+            except (OSError, ValueError):  # it died under the question
+                self.kill()
+                raise TimeoutError from None
+
+    def start(self) -> None:
+        root = str(Path(__file__).parents[1])
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "common.math_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""},
+        )
+        self.read(START_DEADLINE)
+
+    def read(self, seconds: float):
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            if not selector.select(seconds):
+                self.kill()
+                raise TimeoutError
+        return json.loads(self.process.stdout.readline())
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+
+
+_worker = _Worker()

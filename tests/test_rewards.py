@@ -1,0 +1,314 @@
+"""Answer checking: the case table, attacks, and the process that does symbolic comparison."""
+
+import json
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common import rewards
+from common.rewards import KINDS, check, extract, normalize, number, prepare_gold, score
+
+
+def answer(text: str) -> str:
+    return f"<think>r.</think><answer>{text}</answer>"
+
+
+# number, completion, gold, kind, choices, right?
+CASES = [
+    (1, answer("12"), "12", "int", None, True),
+    (2, answer(" 12 \n"), "12", "int", None, True),
+    (3, answer("12.0"), "12", "int", None, True),
+    (4, answer("12.5"), "12", "int", None, False),
+    (5, answer("1,234"), "1234", "int", None, True),
+    (6, answer("The answer is 12"), "12", "int", None, True),
+    (7, answer("3 or 4"), "4", "int", None, False),
+    (8, answer("3 + 4"), "7", "int", None, False),
+    (9, answer("12 pushes"), "12", "int", None, True),
+    (10, answer("-3"), "3", "int", None, False),
+    (11, answer("−3"), "-3", "int", None, True),
+    (12, answer("３"), "3", "int", None, True),
+    (13, answer("٣"), "3", "int", None, True),
+    (14, answer("10²"), "102", "int", None, False),
+    (15, "<think>12</think>", "12", "int", None, False),
+    (16, "<think>so it is <answer>12</answer>", "12", "int", None, False),
+    (17, "<think>try <answer>5</answer></think><answer>12</answer>", "12", "int", None, True),
+    (18, "<think>r.</think><answer>5</answer><answer>12</answer>", "12", "int", None, False),
+    (19, "<think>r.</think><answer>12</answer> so <answer>12</answer>", "12", "int", None, True),
+    (20, "<think>r.</think>12", "12", "int", None, False),
+    (21, "<think>r.</think><answer>12", "12", "int", None, False),
+    (22, answer(""), "12", "int", None, False),
+    (23, answer(r"\boxed{12}"), "12", "int", None, True),
+    (24, r"The total is \boxed{12}.", "12", "int", None, True),
+    (25, r"First \boxed{3}. Then it follows that the result is \boxed{12}", "12", "int", None, True),
+    (26, r"\boxed{3} or \boxed{12}", "12", "int", None, False),
+    (27, r"\boxed{12} or \boxed{12}", "12", "int", None, True),
+    (28, r"\boxed{\frac{1}{2}}", "1/2", "math", None, True),
+    (29, r"\boxed{\frac{1}{2}", "1/2", "math", None, False),
+    (30, r"\boxed{7}}}}", "7", "math", None, True),
+    (31, r"\boxed{\boxed{7}}", "7", "math", None, True),
+    (32, "\\boxed{" * 3000, "7", "math", None, False),
+    (33, r"\boxed{\left\{1,2\right\}}", r"\{2,1\}", "math", None, True),
+    (34, r"\boxed{(2,1)}", "(1,2)", "math", None, False),
+    (35, r"\boxed{[1,2)}", "[1,2]", "math", None, False),
+    (36, r"\boxed{1} and \boxed{2}", "1,2", "math", None, True),
+    (37, r"\boxed{0.5}", r"\frac{1}{2}", "math", None, True),
+    (38, r"\boxed{0.333}", r"\frac{1}{3}", "math", None, False),
+    (39, r"\boxed{0.33333333}", r"\frac{1}{3}", "math", None, True),
+    (40, r"\boxed{3\frac{1}{2}}", "3.5", "math", None, True),
+    (41, r"\boxed{3½}", "3.5", "math", None, True),
+    (42, r"\boxed{0.0000002}", "0.0000001", "math", None, False),
+    (43, r"\boxed{3.0000000001}", "3", "math", None, True),
+    (44, r"\boxed{50\%}", "0.5", "math", None, True),
+    (45, r"\boxed{50}", r"50\%", "math", None, True),
+    (46, r"\boxed{5\%}", "50", "math", None, False),
+    (47, r"\boxed{12\text{ cm}}", "12", "math", None, True),
+    (48, r"\boxed{12 cm^2}", r"12\text{ cm}^2", "math", None, True),
+    (49, r"\boxed{12 m}", "12 cm", "math", None, False),
+    (50, r"\boxed{60°}", r"60^\circ", "math", None, True),
+    (51, r"\boxed{x=5}", "5", "math", None, True),
+    (52, r"\boxed{1.2\times10^{3}}", "1200", "math", None, True),
+    (53, r"\boxed{1e999999999}", "1", "math", None, False),
+    (54, r"\boxed{9^{9^{9^{9}}}}", "9", "math", None, False),
+    (55, r"\boxed{(10^{10})!}", "1", "math", None, False),
+    (56, "\\boxed{" + "9" * 100_000 + "}", "9", "math", None, False),
+    (57, "\\boxed{" + "(" * 5000 + "1" + ")" * 5000 + "}", "1", "math", None, False),
+    (58, r"\boxed{\frac{1}{0}}", "1", "math", None, False),
+    (59, r"\boxed{2\sqrt{2}}", r"\sqrt{8}", "math", None, True),
+    (60, r"\boxed{(x+1)^2}", "x^2+2x+1", "math", None, True),
+    (61, r"\boxed{nan}", "1", "math", None, False),
+    (62, answer("B"), "B", "letter", None, True),
+    (63, answer("(B)"), "B", "letter", None, True),
+    (64, answer("B. 9"), "B", "letter", ("7", "9", "4", "8"), True),
+    (65, answer("B. 7"), "B", "letter", ("7", "9", "4", "8"), False),
+    (66, answer("9"), "B", "letter", ("7", "9", "4", "8"), True),
+    (67, answer("A or B"), "B", "letter", ("7", "9", "4", "8"), False),
+    (68, answer("A, B, C, D"), "B", "letter", ("7", "9", "4", "8"), False),
+    (69, answer(r"\text{B}"), "B", "letter", None, True),
+    (70, answer("A cat"), "A", "letter", ("dog", "cat", "cow", "pig"), False),
+    (71, r"\boxed{A} or \boxed{B}", "B", "letter", None, False),
+    (72, r"\boxed{A} or \boxed{B}", "A", "letter", None, False),
+    (73, answer("(C)"), "(C)", "letter", None, True),
+    (74, answer("A, C"), "C, A", "letters", None, True),
+    (75, answer("A"), "A, C", "letters", None, False),
+    (76, answer("8"), "8", "choice", ("7", "9", "4", "8"), True),
+    (77, answer("D"), "8", "choice", ("7", "9", "4", "8"), True),
+    (78, answer("(D) 8"), "8", "choice", ("7", "9", "4", "8"), True),
+    (79, answer("(D) 9"), "8", "choice", ("7", "9", "4", "8"), False),
+    (80, answer("4:23"), "4:23", "time", None, True),
+    (81, answer("4:59"), "4:23", "time", None, False),
+    (82, answer("04:23 PM"), "4:23", "time", None, True),
+    (83, answer("12:37"), "0:37", "time", None, True),
+    (84, answer("4:63"), "5:03", "time", None, False),
+    (85, answer("Yes, it is possible."), "Yes", "yesno", None, True),
+    (86, answer("No"), "Yes", "yesno", None, False),
+    (87, answer("yes and no"), "Yes", "yesno", None, False),
+    (88, answer("Friday."), "friday", "exact", None, True),
+    (89, answer("10.4"), "10", "relaxed", None, True),
+    (90, answer("10.6"), "10", "relaxed", None, False),
+    (91, answer("12 (not 13)"), "12", "int", None, False),
+    (92, answer("3,12"), "312", "int", None, False),
+    (93, answer("1\u200b2"), "12", "int", None, True),
+    (94, "<think>İİİİ</think><answer>12</answer>", "12", "int", None, True),
+    (95, "<THINK>r.</THINK><ANSWER>12</ANSWER>", "12", "int", None, True),
+    (96, "reasoning without an opening tag</think><answer>12</answer>", "12", "int", None, True),
+    (97, "&lt;answer&gt;12&lt;/answer&gt;", "12", "int", None, False),
+    (98, answer("None"), "12", "int", None, False),
+    (99, "", "12", "int", None, False),
+    (100, "<answer>" * 20_000, "12", "int", None, False),
+    (101, r"\boxed{17\times 23}", "391", "int", None, False),
+    (102, r"\boxed{17\times 23}", "391", "math", None, True),
+    (103, answer("about 12"), "12", "int", None, True),
+    (104, answer("12/4"), "3", "int", None, False),
+    (105, r"\boxed{5+7=12}", "12", "math", None, True),
+    (106, r"\boxed{\frac{\pi}{2}}", r"\pi/2", "math", None, True),
+    (107, r"\boxed{1,234}", "1234", "math", None, True),
+    (108, r"\boxed{2}, \boxed{3}", "3", "math", None, False),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[3]}")
+def test_case_table(case):
+    _, completion, gold, kind, choices, right = case
+    verdict = check(completion, prepare_gold(gold, kind, choices), kind, choices)
+    assert verdict.correct is right, verdict
+    assert verdict.status != "error"
+
+
+def test_statuses_say_why_an_answer_does_not_count():
+    assert check("no answer at all", "12", "int").status == "no_answer"
+    assert check("<think>cut off", "12", "int").status == "no_answer"
+    assert check(answer("5") + "<answer>12</answer>", "12", "int").status == "hedge"
+    assert check(answer("a dozen"), "12", "int").status == "unparsed"
+    assert check(answer("9" * 3000), "12", "int").status == "too_long"
+    assert check(answer("12"), "12", "no such kind").status == "error"
+
+
+def test_formats():
+    text = r"<answer>1</answer> or \boxed{2}"
+    assert extract(text, "tag") == ("1", "ok") and extract(text, "auto") == ("1", "ok")
+    assert extract(text, "boxed") == ("2", "ok")
+    assert extract("<answer>1", "tag") == (None, "no_answer")
+
+
+def test_normalization_keeps_what_unicode_normalization_would_lose():
+    assert normalize("10²") == "10^{2}"
+    assert number(normalize("3½")) == number("7/2") == number(r"3\frac{1}{2}") == 3.5
+    assert normalize("\u200b１２ cm.") == "12 cm"
+    assert number("1e9999") is None and number("1/0") is None and number("9" * 201) is None
+
+
+@pytest.mark.parametrize(
+    "gold, kind, choices, prepared",
+    [
+        (r"\boxed{\frac{1}{2}}", "math", None, r"\frac{1}{2}"),
+        ("<answer> 3 </answer>", "int", None, "3"),
+        ("<think>six, half</think><answer>3</answer>", "int", None, "3"),
+        (48, "int", None, "48"),
+        (["0.5"], "relaxed", None, "0.5"),
+        ("(C)", "letter", None, "(C)"),
+        ("cow", "choice", ("dog", "cow"), "cow"),
+    ],
+)
+def test_gold_answers_are_prepared(gold, kind, choices, prepared):
+    assert prepare_gold(gold, kind, choices) == prepared
+
+
+@pytest.mark.parametrize(
+    "gold, kind, choices, message",
+    [
+        (None, "math", None, "no answer"),
+        ("  ", "exact", None, "no answer"),
+        (["a", "b"], "exact", None, "no answer"),
+        (r"\boxed{\left\{ 1 \right.", "math", None, "no answer inside"),
+        ("None", "int", None, "not of kind int"),
+        ("maybe", "yesno", None, "not of kind yesno"),
+        ("25:00", "time", None, "not of kind time"),
+        ("horse", "choice", ("dog", "cow"), "not of kind choice"),
+        ("12", "number", None, "unknown answer kind"),
+    ],
+)
+def test_gold_answers_that_cannot_be_used_are_named(gold, kind, choices, message):
+    with pytest.raises(ValueError, match=message):
+        prepare_gold(gold, kind, choices)
+
+
+def test_score_counts_what_came_up():
+    examples = [SimpleNamespace(answer=a, kind="int", choices=None) for a in ("3", "3", "4", "4")]
+    verdicts, counts = score([answer("3"), "none", answer("3 or 4"), answer("4")], examples)
+    assert verdicts == [1.0, 0.0, 0.0, 1.0]
+    assert counts == {"ok": 2, "no_answer": 1, "unparsed": 1}
+
+
+def test_swapping_golds_moves_exactly_the_verdicts_of_their_rows():
+    texts = [answer("3"), answer("4"), answer("5")]
+    one = [SimpleNamespace(answer=a, kind="int", choices=None) for a in ("3", "4", "5")]
+    assert score(texts, one)[0] == [1, 1, 1]
+    assert score(texts, [one[1], one[0], one[2]])[0] == [0, 0, 1]
+
+
+ATTACKS = [
+    "9**9**9**9", r"9^{9^{9^{9}}}", r"(10^{10})!", "100000!", "((9!)!)!", r"\int_0^1 x dx", "1e999999999",
+    "{" * 100_000, "(" * 100_000, r"\frac{" * 300, "$" * 5000, r"\boxed{" * 5000, "__import__('os').system('true')",
+    "\x00", "\ud800", r"\left\{1,\right.", r"x_{" * 100, "[" * 59 + "1", r"\sqrt{" * 50 + "2" + "}" * 50,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", range(len(ATTACKS)))
+def test_hostile_answers_are_wrong_and_cheap(attack):
+    started = time.perf_counter()
+    for kind in KINDS:
+        choices = ("1", "2") if kind == "choice" else None
+        for completion in (ATTACKS[attack], answer(ATTACKS[attack]), rf"\boxed{{{ATTACKS[attack]}}}"):
+            verdict = check(completion, "1", kind, choices)
+            assert not verdict.correct and verdict.status != "error"
+    assert time.perf_counter() - started < 30  # a guard against hanging, not a measurement
+
+
+ALPHABET = st.sampled_from(
+    [
+        *"{}\\()[]$^_!,.:/*+-=% 0123456789abexAB",
+        "<answer>",
+        "</answer>",
+        r"\boxed{",
+        r"\frac",
+        "½",
+        "²",
+        "٣",
+        "İ",
+        "\u200b",
+    ]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(ALPHABET, max_size=40).map("".join), st.sampled_from(KINDS))
+def test_check_never_raises(text, kind):
+    for completion in (text, answer(text)):
+        assert check(completion, "12", kind, ("12", "13")).status != "error"
+
+
+# ---------------------------------------------------------------- the worker
+
+
+@pytest.fixture
+def worker():
+    worker = rewards._Worker()
+    yield worker
+    worker.kill()
+
+
+def test_a_comparison_that_hangs_is_killed_and_the_next_one_works(worker, monkeypatch):
+    assert worker.equal("x+1", "1+x") == (True, "ok")
+    first = worker.process.pid
+    monkeypatch.setattr(rewards, "DEADLINE", 0.0)
+    assert worker.equal("x+2", "2+x") == (False, "timeout")
+    assert worker.process is None
+    monkeypatch.setattr(rewards, "DEADLINE", 30.0)
+    assert worker.equal("x+3", "3+x") == (True, "ok")
+    assert worker.process.pid != first
+
+
+def test_a_worker_that_dies_is_replaced(worker, monkeypatch):
+    monkeypatch.setattr(rewards, "DEADLINE", 30.0)
+    assert worker.equal("y+1", "1+y") == (True, "ok")
+    worker.process.kill()
+    worker.process.wait()
+    assert worker.equal("y+2", "2+y") == (True, "ok")
+
+
+def test_after_some_timeouts_no_more_is_tried(worker, monkeypatch):
+    worker.timeouts = rewards.MOST_TIMEOUTS
+    assert worker.equal("x+1", "1+x") == (False, "timeout")
+    assert worker.process is None, "it was not even started"
+
+
+def test_verdicts_are_remembered(worker, monkeypatch):
+    monkeypatch.setattr(rewards, "DEADLINE", 30.0)
+    worker.equal("z+1", "1+z")
+    worker.kill()
+    assert worker.equal("z+1", "1+z") == (True, "ok") and worker.process is None
+
+
+def test_comparison_works_off_the_main_thread():
+    """math-verify's own time limits are alarms, which fail there: everything would score 0, in silence."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(check(r"\boxed{(a+1)^2}", "a^2+2a+1", "math")))
+    thread.start()
+    thread.join(60)
+    assert found[0].correct
+
+
+def test_the_worker_needs_nothing_of_the_training_program():
+    source = open(rewards.__file__.replace("rewards", "math_worker")).read()
+    assert "import torch" not in source and "from common" not in source
+
+
+def test_kinds_of_the_puzzles_never_start_the_worker(monkeypatch):
+    monkeypatch.setattr(rewards._Worker, "start", lambda self: pytest.fail("the worker was started"))
+    for kind, right in (("int", "12"), ("exact", "red"), ("yesno", "yes")):
+        assert check(answer(right), right, kind).correct
+    assert json.dumps(check(answer("x"), "12", "int").status)
