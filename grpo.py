@@ -377,7 +377,7 @@ def main(args: Args) -> dict:
         local = [accuracy.sum(), varied.sum(), lengths.sum(), rollout.ended.sum(), *sums.values()]
         totals = accelerator.reduce(torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in local]).to(device))
         right, varied, tokens, ended, loss, entropy, kl, clip_low, clip_high, scored = totals.tolist()
-        all_rows, scored, seconds = len(all_rewards), max(scored, 1), time.perf_counter() - started
+        all_rows, scored, seconds = len(all_rewards), scored or float("nan"), time.perf_counter() - started
         metrics = {
             "reward": float(all_rewards.mean()),
             "reward_std": float(all_rewards.view(-1, args.group_size).std(1).mean()),
@@ -420,7 +420,7 @@ def main(args: Args) -> dict:
         if stopping or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             run.save(step + 1, policy, optimizer)
         if stopping:
-            return {}
+            return run.stopped(step + 1)
 
     after = accuracy_on(test) if args.test_examples else None
     return run.finish({"before": before, "after": after})

@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
+from transformers.utils.logging import disable_progress_bar
 
+disable_progress_bar()  # transformers' own, for loading and saving weights, would break up ours
 TINY = Path(__file__).parent / "tiny"
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")

@@ -304,7 +304,11 @@ def integer(text: str, _choices=None) -> int | None:
     if value is None:
         numbers = re.findall(rf"(?<![\w.,])-?{_DECIMAL}(?![\d,]*\d)", text)
         digits = len(re.findall(r"\d+", text))
-        if len(numbers) != 1 or digits != len(re.findall(r"\d+", numbers[0])) or re.search(r"[+*/^=\\]| - ", text):
+        if (
+            len(numbers) != 1
+            or digits != len(re.findall(r"\d+", numbers[0]))
+            or re.search(r"[+*/^=\\\[\]{}<>]| - ", text)
+        ):
             return None
         value = decimal(numbers[0])
     return int(value) if value is not None and value.denominator == 1 else None

@@ -24,10 +24,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 from tqdm import tqdm
 
-from common.model import Policy, save_policy
+from common.model import Policy, load_policy, save_policy
 
 BAD_STEPS_IN_A_ROW = 5
 # What may change between a run and its continuation; anything else would make it another run.
@@ -127,11 +126,11 @@ class Run:
         if self.bar is None:
             # Started at the first step, so that the rate is that of training.
             self.bar = tqdm(total=self.args.steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout)
-        metrics = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
         with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+            file.write(json.dumps({"step": step, **dict.fromkeys(metrics), **finite}) + "\n")
         if self.args.track:
-            self.accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=step)
+            self.accelerator.log(finite, step=step)
         self.bar.set_postfix_str(
             f"reward {metrics['reward']:.3f}, length {metrics['completions/mean_length']:.1f}, "
             f"entropy {metrics['entropy']:.3f}, {metrics['tokens_per_second']:.0f} tokens/s",
@@ -184,8 +183,7 @@ class Run:
             try:
                 shutil.rmtree(writing, ignore_errors=True)
                 writing.mkdir()
-                with quiet_bars():
-                    save_policy(policy, writing)
+                save_policy(policy, writing)
                 torch.save({"step": step, "optimizer": optimizer.state_dict()}, writing / "trainer.pt")
                 files = sorted(p for p in writing.rglob("*") if p.is_file())
                 write(writing / "complete", json.dumps({str(p.relative_to(writing)): checksum(p) for p in files}))
@@ -222,6 +220,16 @@ class Run:
                 drop_lines_from(self.folder / name, step)
         self.accelerator.wait_for_everyone()
         return step
+
+    def stopped(self, step: int) -> dict:
+        """Say how to go on after a stop that was asked for."""
+        if self.main:
+            if self.bar:
+                self.bar.close()
+            print(f"stopped after step {step} and saved; continue with --resume {self.folder}", flush=True)
+        if self.args.track:
+            self.accelerator.end_training()
+        return {}
 
     def finish(self, results: dict[str, dict | None]) -> dict:
         """Print and keep the results, draw the learning curve."""
@@ -261,16 +269,6 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-@contextlib.contextmanager
-def quiet_bars():
-    """No progress bar of transformers' own inside ours."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
-
-
 def checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -291,20 +289,17 @@ def find_damage(folder: Path) -> str | None:
 
 
 def load_weights(policy: Policy, folder: Path) -> None:
-    """Put a checkpoint's weights, or its adapter's, into the model in place."""
-    files = sorted(folder.glob("*.safetensors"))
-    weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    if (folder / "adapter_model.safetensors").is_file():
-        from peft import set_peft_model_state_dict
+    """Put a checkpoint's weights, or its adapter's, into the model in place.
 
-        unexpected = set_peft_model_state_dict(policy.model, weights).unexpected_keys
-    else:
-        missing, unexpected = policy.model.load_state_dict(weights, strict=False)
-        tied = set(policy.model.state_dict()) - {name for name, _ in policy.model.named_parameters()}
-        if set(missing) - tied:
-            raise SystemExit(f"checkpoint {folder}: weights are missing, the first {sorted(set(missing) - tied)[0]}")
-    if unexpected:
-        raise SystemExit(f"checkpoint {folder}: weights of another model, the first {unexpected[0]}")
+    They are loaded as any checkpoint is, since the names in a file are not always those in the model.
+    """
+    weights = load_policy(str(folder)).model.state_dict()
+    try:
+        policy.model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise SystemExit(
+            f"checkpoint {folder}: weights of another model: {str(error).splitlines()[1].strip()}"
+        ) from None
 
 
 def drop_lines_from(path: Path, step: int) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 import tyro
+from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
@@ -148,10 +149,12 @@ def build(folder: str, seed: int) -> Policy:
     return load_policy(folder)
 
 
-def encode_puzzles(policy: Policy, puzzles: list[Puzzle]) -> Prompts:
+def encode_puzzles(policy: Policy, puzzles: list[Puzzle], blank: bool = False) -> Prompts:
     text = [{"type": "text", "text": f"{p.question}\n\n{REQUEST}"} for p in puzzles]
     messages = [[{"role": "user", "content": [{"type": "image"}, item]}] for item in text]
-    return encode_prompts(policy, messages, [[p.image] for p in puzzles])
+    return encode_prompts(
+        policy, messages, [[Image.new("RGB", p.image.size, "white") if blank else p.image] for p in puzzles]
+    )
 
 
 def demonstrations(policy: Policy, puzzles: list[Puzzle]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,12 +200,17 @@ def train(args: Args, policy: Policy) -> None:
             print(f"step {step + 1} of {args.steps}: loss {loss.item():.4f}, {seconds:.2f} s a step", flush=True)
 
 
-def accuracy(policy: Policy, split: str, count: int, temperature: float, begin: str = "") -> dict[str, float]:
-    """Shares of right answers, of careful traces, of right answers a family; `begin` is how completions start."""
+def accuracy(
+    policy: Policy, split: str, count: int, temperature: float, begin: str = "", blank: bool = False
+) -> dict[str, float]:
+    """Shares of right answers, of careful traces, of right answers a family.
+
+    `begin` is how completions are made to start; `blank` puts white paper in place of the pictures.
+    """
     right, careful, families = [], [], {}
     for start in range(0, count, 100):
         puzzles = [puzzle(split, start + i) for i in range(min(100, count - start))]
-        prompts = encode_puzzles(policy, puzzles)
+        prompts = encode_puzzles(policy, puzzles, blank)
         if begin:
             extra = torch.tensor(policy.tokenizer(begin, add_special_tokens=False)["input_ids"])
             prompts = append_tokens(prompts, extra)

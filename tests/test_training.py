@@ -1,0 +1,241 @@
+"""Whole runs of the training loop: cut, spread, killed, resumed, stopped, and still the same training."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import grpo
+from tests.train_worker import record
+
+ROOT = Path(__file__).parents[1]
+# Small and quick, yet with groups of mixed rewards.
+QUICK = "--prompts-per-step 4 --group-size 4 --steps 2 --eval-every 0 --test-examples 0 --seed 3".split()
+
+
+def train(folder, *flags: str, script: str = "grpo") -> dict:
+    return record(script, [*QUICK, "--out", str(folder), *flags])
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def environment() -> dict:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def assert_same_gradients(one: dict, other: dict, tolerance: float = 1e-4) -> None:
+    """Equal up to rounding, which is measured against the largest entry of the whole gradient."""
+    for before, after in zip(one["gradients"], other["gradients"], strict=True):
+        assert before.keys() == after.keys()
+        scale = max(g.abs().max() for g in before.values())
+        for name in before:
+            assert (before[name] - after[name]).abs().max() <= tolerance * scale, name
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    result = train(folder)
+    assert any(line["reward_std"] > 0 for line in metrics(folder)), "the comparison needs something to compare"
+    return folder, result
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_gradients_do_not_depend_on_micro_batches(loss_type, tmp_path):
+    flags = ["--loss-type", loss_type, "--steps", "1"]
+    whole = train(tmp_path / "whole", *flags)
+    cut = train(tmp_path / "cut", *flags, "--micro-batch-tokens", "1")
+    assert_same_gradients(whole, cut)
+
+
+def test_groups_without_variance_may_be_skipped(tmp_path):
+    """A penalty of practically nothing makes every group be scored; the gradient stays what it was."""
+    skipping = train(tmp_path / "skipping", "--steps", "1")
+    scoring = train(tmp_path / "scoring", "--steps", "1", "--kl-coef", "1e-12")
+    assert_same_gradients(skipping, scoring)
+    assert metrics(tmp_path / "scoring")[0]["frac_reward_zero_std"] > 0
+
+
+def test_two_processes_train_as_one(plain, tmp_path):
+    folder, alone = plain
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["tests/train_worker.py", "grpo", str(tmp_path / "seen.pt"), *QUICK, "--out", str(tmp_path / "run")]
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True, timeout=300)
+    together = torch.load(tmp_path / "seen.pt", weights_only=True)
+
+    assert_same_gradients(alone, together)
+    for one, two in zip(metrics(folder), metrics(tmp_path / "run"), strict=True):
+        for name in ("reward", "accuracy", "reward_std", "completions/mean_length", "entropy", "loss", "grad_norm"):
+            assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-6), name
+    rate = grpo.Args().learning_rate
+    for name, weight in alone["weights"].items():
+        difference = (weight - together["weights"][name]).abs()
+        # Adam turns rounding in a gradient that is almost 0 into a step of its own; elsewhere the weights agree.
+        assert difference.max() <= 4 * rate and (difference > rate / 100).float().mean() < 0.01, name
+
+
+def test_several_updates_a_rollout(tmp_path):
+    result = train(tmp_path / "run", "--steps", "1", "--updates-per-rollout", "2", "--epochs-per-rollout", "2")
+    assert 2 <= len(result["gradients"]) <= 4
+    line = metrics(tmp_path / "run")[0]
+    assert len(result["gradients"]) + line["updates_skipped"] == 4
+    assert line["clip_ratio/low_mean"] >= 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora-rank", "4"]])
+def test_the_penalty_to_the_reference_starts_at_zero_and_grows(flags, tmp_path):
+    train(tmp_path / "run", "--kl-coef", "0.1", "--learning-rate", "1e-3", *flags)
+    kl = [line["kl"] for line in metrics(tmp_path / "run")]
+    assert kl[0] == pytest.approx(0, abs=1e-6) and kl[1] > 1e-6
+
+
+def test_the_end_token_is_trained(monkeypatch, tmp_path):
+    """The gradient of the loss reaches the log-probability of the token that ends a completion."""
+    seen = []
+
+    def watch(logprobs, old_logprobs, advantages, loss_mask, args):
+        logprobs.register_hook(lambda gradient: seen.append((gradient, advantages, loss_mask)))
+        return policy_loss(logprobs, old_logprobs, advantages, loss_mask, args)
+
+    policy_loss = grpo.policy_loss
+    monkeypatch.setattr(grpo, "policy_loss", watch)
+    train(tmp_path / "run", "--steps", "1")
+    gradient, advantages, mask = seen[0]
+    last = mask.sum(1) - 1
+    at_the_end = gradient[torch.arange(len(mask)), last]
+    assert ((at_the_end != 0) == (advantages[:, 0] != 0))[last >= 0].all() and (at_the_end != 0).any()
+
+
+def test_gradients_that_are_not_finite_are_skipped_and_then_stop_the_run(monkeypatch, tmp_path):
+    broken = lambda *a, **k: torch.tensor(float("nan"))
+    monkeypatch.setattr("accelerate.Accelerator.clip_grad_norm_", broken)
+    with pytest.raises(SystemExit, match="not finite in 5 steps in a row"):
+        train(tmp_path / "run", "--steps", "30")
+    assert all(line["grad_norm"] is None for line in metrics(tmp_path / "run"))
+
+
+# ---------------------------------------------------------------- killed, stopped, resumed
+
+
+def run_script(folder, *flags, **kwargs):
+    command = [sys.executable, "grpo.py", *QUICK, "--steps", "6", "--save-every", "1", *flags]
+    command += ["--resume", str(folder)] if (Path(folder) / "args.json").is_file() else ["--out", str(folder)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
+    )
+
+
+def wait_for_step(process, folder, step: int) -> None:
+    for _ in range(1200):
+        if any(line["step"] >= step for line in (metrics(folder) if (folder / "metrics.jsonl").is_file() else [])):
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    raise AssertionError("the run did not get there in a minute")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    process = run_script(folder)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return folder
+
+
+def assert_same_run(folder, reference) -> None:
+    one, other = (f / "checkpoints" / "step-000006" / "model.safetensors" for f in (folder, reference))
+    assert one.read_bytes() == other.read_bytes()
+    drawn = [(line["step"], line["reward"], line["completions/mean_length"]) for line in metrics(folder)]
+    assert drawn == [(line["step"], line["reward"], line["completions/mean_length"]) for line in metrics(reference)]
+    assert [step for step, *_ in drawn] == list(range(6)), "no step twice, none left out"
+
+
+def test_a_killed_run_resumes_bit_for_bit(uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    process = run_script(folder)
+    wait_for_step(process, folder, random.randrange(1, 4))
+    time.sleep(random.random() * 0.3)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    process = run_script(folder)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and "continuing" in output, output
+    assert_same_run(folder, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_and_exits_cleanly(number, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    process = run_script(folder, "--save-every", "100")
+    wait_for_step(process, folder, 1)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "--resume" in output, output
+    process = run_script(folder, "--save-every", "100")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert_same_run(folder, uninterrupted)
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    process = run_script(folder)
+    process.communicate(timeout=300)
+    newest = folder / "checkpoints" / "step-000006" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    process = run_script(folder)
+    output, _ = process.communicate(timeout=300)
+    assert "model.safetensors is truncated or damaged; trying the one before" in output
+    assert "at step 5" in output
+    assert_same_run(folder, uninterrupted)
+
+
+def test_a_run_folder_is_not_written_over(plain):
+    folder, _ = plain
+    with pytest.raises(SystemExit, match="continue that run with --resume"):
+        train(folder)
+    with pytest.raises(SystemExit, match="--group-size was 4 there and is 2 now"):
+        record("grpo", [*QUICK, "--resume", str(folder), "--group-size", "2"])
+    with pytest.raises(SystemExit, match="no run there"):
+        record("grpo", [*QUICK, "--resume", str(folder / "nowhere")])
+
+
+def test_tracking_with_tensorboard(tmp_path):
+    train(tmp_path / "run", "--steps", "1", "--track", "tensorboard")
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+    with pytest.raises(SystemExit, match="--track nothing"):
+        train(tmp_path / "other", "--track", "nothing")
+
+
+def test_what_a_run_leaves_behind(tmp_path):
+    folder = tmp_path / "run"
+    flags = ["--eval-every", "1", "--eval-examples", "4", "--test-examples", "6", "--keep-checkpoints", "1"]
+    train(folder, *flags, "--save-every", "1")
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-000002"], "the newest one is kept"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["before"]["count"] == summary["after"]["count"] == 6
+    assert set(summary["after"]["groups"]) == {"sum", "difference", "hop", "path", "bars"}
+    assert 0 <= metrics(folder)[0]["eval/accuracy"] <= 1
+    assert (folder / "learning_curve.png").stat().st_size > 10_000
+    rows = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    assert {"step", "question", "completion", "answer", "reward", "advantage"} <= rows[0].keys()
