@@ -47,14 +47,14 @@ def test_its_chat_template(policy):
 
 
 def test_demonstrations_take_twenty_to_sixty_tokens(policy):
-    ids, mask = recipe.demonstrations(policy, [puzzle("train", i) for i in range(300)])
+    ids, mask = recipe.completions(policy, recipe.demonstrations([puzzle("train", i) for i in range(300)]))
     lengths = mask.sum(1)
     assert 20 <= lengths.min() and lengths.float().quantile(0.99) <= 72
     assert all(ids[r, n - 1] in policy.end_token_ids for r, n in enumerate(lengths.tolist()))
 
 
 def test_the_recipe_trains(tmp_path):
-    args = recipe.Args(out=str(tmp_path), steps=4, batch=4, learning_rate=1e-3)
+    args = recipe.Args(out=str(tmp_path), describe_steps=2, steps=2, batch=4, learning_rate=1e-3)
     fresh = recipe.build(str(tmp_path), 0)
     before = fresh.model.lm_head.weight.clone()
     recipe.train(args, fresh)

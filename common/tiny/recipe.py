@@ -14,6 +14,7 @@ learning, which has to find out that looking pays and then to look better. This 
 purpose, and it is why the first gains come fast.
 """
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -54,12 +55,14 @@ CHAT_TEMPLATE = (
 class Args:
     out: str = "common/tiny"
     """folder to write"""
-    steps: int = 2000
-    """optimizer steps"""
-    batch: int = 64
-    """puzzles a step, two demonstrations each"""
-    learning_rate: float = 2e-3
-    """highest rate; it rises over the first 5 % of the steps and falls to zero along a cosine"""
+    describe_steps: int = 700
+    """optimizer steps on descriptions, which teach to see"""
+    steps: int = 1900
+    """optimizer steps on demonstrations of reasoning"""
+    batch: int = 32
+    """puzzles a step, two demonstrations each; twice as many when describing"""
+    learning_rate: float = 1.5e-3
+    """highest rate; it rises over the first 50 steps and falls to zero along a cosine"""
     hasty: float = 0.6
     """weight of the hasty demonstration"""
     seed: int = 0
@@ -133,6 +136,10 @@ def build(folder: str, seed: int) -> Policy:
     )
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(config)
+    with torch.no_grad():  # the usual 0.02 is meant for wide models; here it would hide the picture for a long time
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1 and "patch_embed" not in name:
+                weight.mul_(0.2 / 0.02 if "pos_embed" in name else 0.08 / 0.02)
     model.generation_config = GenerationConfig(
         eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]], pad_token_id=ids["<|endoftext|>"]
     )
@@ -142,62 +149,75 @@ def build(folder: str, seed: int) -> Policy:
         patch_size=16,
         merge_size=2,
         temporal_patch_size=2,
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
+        # The puzzles' paper becomes 0, so that what is drawn on it stands out from the first step on.
+        image_mean=[0.94] * 3,
+        image_std=[0.25] * 3,
         size={"shortest_edge": 32 * 32, "longest_edge": 256 * 256},
     ).save_pretrained(folder)
     return load_policy(folder)
 
 
-def encode_puzzles(policy: Policy, puzzles: list[Puzzle], blank: bool = False) -> Prompts:
-    text = [{"type": "text", "text": f"{p.question}\n\n{REQUEST}"} for p in puzzles]
-    messages = [[{"role": "user", "content": [{"type": "image"}, item]}] for item in text]
-    return encode_prompts(
-        policy, messages, [[Image.new("RGB", p.image.size, "white") if blank else p.image] for p in puzzles]
-    )
-
-
-def demonstrations(policy: Policy, puzzles: list[Puzzle]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask [2 * puzzles, T] of the careful and the hasty demonstration of each puzzle, side by side."""
-    texts = []
+def encode_puzzles(policy: Policy, puzzles: list[Puzzle], question: str = "", blank: bool = False) -> Prompts:
+    """Prompts asking each puzzle's question, or another one; `blank` puts white paper in place of the pictures."""
+    messages, images = [], []
     for p in puzzles:
-        for trace, answer in ((p.careful, p.answer), (p.hasty, p.hasty_answer)):
-            texts.append(f"<think>{trace}</think><answer>{answer}</answer><|im_end|>")
-    rows = [torch.tensor(ids) for ids in policy.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        text = {"type": "text", "text": f"{question or p.question}\n\n{REQUEST}"}
+        messages.append([{"role": "user", "content": [{"type": "image"}, text]}])
+        images.append([Image.new("RGB", p.image.size, "white") if blank else p.image])
+    return encode_prompts(policy, messages, images)
+
+
+def describe(p: Puzzle) -> str:
+    """Everything in the picture, in reading order."""
+    if p.family == "bars":
+        return "; ".join(f"bar {i + 1} {t.colour} {t.shape} {t.row}" for i, t in enumerate(p.things))
+    things = sorted(p.things, key=lambda t: (t.row, t.column))
+    return "; ".join(f"{t.place} {t.colour} {t.shape}" for t in things)
+
+
+def completions(policy: Policy, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [R, T] int64 and mask [R, T] bool of some completions, each with its end token."""
+    rows = [torch.tensor(ids) for ids in policy.tokenizer([t + "<|im_end|>" for t in texts])["input_ids"]]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=policy.tokenizer.pad_token_id)
     return ids, torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
 
 
+def demonstrations(puzzles: list[Puzzle]) -> list[str]:
+    """The careful and the hasty demonstration of each puzzle, side by side."""
+    pairs = [((p.careful, p.answer), (p.hasty, p.hasty_answer)) for p in puzzles]
+    return [f"<think>{trace}</think><answer>{answer}</answer>" for pair in pairs for trace, answer in pair]
+
+
 def train(args: Args, policy: Policy) -> None:
-    """Supervised learning: the weighted mean of -log p over the demonstrations' tokens."""
+    """Supervised learning, the mean of -log p over the completions' tokens: descriptions first, then demonstrations."""
     optimizer = torch.optim.AdamW(policy.model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
-    warmup = max(1, args.steps // 20)
-
-    def rate(step: int) -> float:
-        done = max(0.0, (step - warmup) / max(1, args.steps - warmup))
-        return min(1.0, (step + 1) / warmup) * 0.5 * (1 + torch.cos(torch.tensor(done * torch.pi)).item())
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: args.learning_rate * rate(step))
-    for group in optimizer.param_groups:
-        group["initial_lr"] = 1.0
-    schedule.base_lrs = [1.0]
-    scorer = Scorer(policy)
-    style_weight = torch.tensor([1 - args.hasty, args.hasty]).repeat(args.batch)[:, None]  # [2 * batch, 1]
-    started = time.perf_counter()
-    for step in range(args.steps):
-        puzzles = [puzzle("train", step * args.batch + i) for i in range(args.batch)]
-        ids, mask = demonstrations(policy, puzzles)
-        scores = scorer(encode_puzzles(policy, puzzles), ids, mask)
-        weights = mask * style_weight
-        loss = -(scores.logprobs * weights).sum() / weights.sum()
+    scorer, total, first = Scorer(policy), args.describe_steps + args.steps, 0
+    started, recent = time.perf_counter(), []
+    for step in range(total):
+        describing = step < args.describe_steps
+        count = 2 * args.batch if describing else args.batch
+        puzzles = [puzzle("train", first + i) for i in range(count)]
+        first += count
+        if describing:
+            prompts = encode_puzzles(policy, puzzles, "What is where?")
+            ids, mask = completions(policy, [f"<think>{describe(p)}</think>" for p in puzzles])
+            weights = mask.float()
+        else:
+            prompts = encode_puzzles(policy, puzzles)
+            ids, mask = completions(policy, demonstrations(puzzles))
+            weights = mask * torch.tensor([1 - args.hasty, args.hasty]).repeat(count)[:, None]
+        cosine = 0.5 * (1 + math.cos(math.pi * step / total))
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * min(1.0, (step + 1) / 50) * cosine
+        loss = -(scorer(prompts, ids, mask).logprobs * weights).sum() / weights.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
-        if step % 50 == 49 or step == 0:
-            seconds = (time.perf_counter() - started) / (step + 1)
-            print(f"step {step + 1} of {args.steps}: loss {loss.item():.4f}, {seconds:.2f} s a step", flush=True)
+        recent.append(loss.item())
+        if step % 50 == 49:
+            seconds, mean = (time.perf_counter() - started) / (step + 1), sum(recent[-50:]) / 50
+            print(f"step {step + 1} of {total}: loss {mean:.4f}, {seconds:.2f} s a step", flush=True)
 
 
 def accuracy(
@@ -210,7 +230,7 @@ def accuracy(
     right, careful, families = [], [], {}
     for start in range(0, count, 100):
         puzzles = [puzzle(split, start + i) for i in range(min(100, count - start))]
-        prompts = encode_puzzles(policy, puzzles, blank)
+        prompts = encode_puzzles(policy, puzzles, blank=blank)
         if begin:
             extra = torch.tensor(policy.tokenizer(begin, add_special_tokens=False)["input_ids"])
             prompts = append_tokens(prompts, extra)
