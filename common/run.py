@@ -18,12 +18,17 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from common.model import Policy, load_policy, save_policy
@@ -31,10 +36,15 @@ from common.model import Policy, load_policy, save_policy
 BAD_STEPS_IN_A_ROW = 5
 # What may change between a run and its continuation; anything else would make it another run.
 MAY_CHANGE = {"resume", "out", "steps", "track", "save_every", "keep_checkpoints", "micro_batch_tokens"}
+MAY_CHANGE |= {"eval_every", "eval_examples"}
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 class Run:
-    """The folder of one training run and what is written there. Only the main process writes; all may call."""
+    """The folder of one training run and what is written there. Only the main process writes; all processes call.
+
+    A script calls `restore` once before its first step, also in a new run, and `finish` or `stopped` at the end.
+    """
 
     def __init__(self, args, accelerator: Accelerator, script: str):
         """`args` is a script's dataclass of arguments.
@@ -49,24 +59,34 @@ class Run:
         self.bad_steps = self.bad_in_a_row = 0
         self.stop_requested = False
         self.bar = None
-        settings = {**asdict(args), "script": script}
-        if args.resume:
-            self.compare_settings(settings)
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise SystemExit(
-                f"--out {self.folder}: the folder is not empty; continue that run with --resume {self.folder}, or name "
-                "another folder with --out"
-            )
-        accelerator.wait_for_everyone()
-        if self.main:
+        self.settings = {**asdict(args), "script": script}
+        if args.keep_checkpoints < 1:
+            raise SystemExit(f"--keep-checkpoints {args.keep_checkpoints}: keep at least 1")
+        if args.track and args.track not in TRACKERS:
+            raise SystemExit(f"--track {args.track}: not one of {', '.join(TRACKERS)}")
+        if args.track and find_spec(args.track) is None:
+            raise SystemExit(f"--track {args.track}: the package {args.track} is not installed")
+        on_main(accelerator, self.open_folder)
+        self.stop_requested_at = 0.0
+        self.handlers = {n: signal.signal(n, self.request_stop) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def open_folder(self) -> None:
+        if self.args.resume:
+            if self.args.out and Path(self.args.out).resolve() != self.folder.resolve():
+                raise SystemExit(f"--resume {self.folder}: goes on in that folder; leave out --out {self.args.out}")
+            self.compare_settings(self.settings)
+        with one_line(f"--out {self.folder}"):
+            # A run that ended before it wrote anything but its arguments (a mistyped flag) is in nobody's way.
+            if not self.args.resume and any(p.is_file() for p in self.folder.rglob("*") if p.name != "args.json"):
+                raise SystemExit(
+                    f"--out {self.folder}: the folder is not empty; continue that run with --resume {self.folder}, or "
+                    "name another folder with --out"
+                )
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             (self.folder / "evaluations").mkdir(exist_ok=True)
-            write(self.folder / "args.json", json.dumps(settings, indent=1))
+            write(self.folder / "args.json", json.dumps(self.settings, indent=1))
             for leftover in self.folder.glob("checkpoints/writing-*"):
                 shutil.rmtree(leftover)
-        self.start_trackers(settings)
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self.request_stop)
 
     def compare_settings(self, settings: dict) -> None:
         try:
@@ -78,24 +98,33 @@ class Run:
                 flag = "--" + name.replace("_", "-")
                 raise SystemExit(f"--resume {self.folder}: {flag} was {before[name]!r} there and is {value!r} now")
 
-    def start_trackers(self, settings: dict) -> None:
-        if not self.args.track:
-            return
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
+    def start_tracker(self, step: int) -> None:
+        from accelerate.tracking import filter_trackers
 
-        if self.args.track not in LOGGER_TYPE_TO_CLASS or not filter_trackers([self.args.track], str(self.folder)):
-            raise SystemExit(
-                f"--track {self.args.track}: not a tracker that is installed (tensorboard, wandb, trackio)"
-            )
+        self.accelerator.project_configuration.set_directories(str(self.folder))
         self.accelerator.log_with = filter_trackers([self.args.track], str(self.folder))
-        flat = {k: v for k, v in settings.items() if isinstance(v, int | float | str | bool)}
-        self.accelerator.init_trackers(self.folder.name, config=flat)
+        options = {
+            "tensorboard": {"purge_step": step or None},  # hides what was logged of steps that will be done again
+            "wandb": {"name": self.folder.name, "dir": str(self.folder)},
+            "trackio": {"name": self.folder.name},
+        }
+        flat = {k: v for k, v in self.settings.items() if isinstance(v, int | float | str | bool)}
+        # For TensorBoard the project is a folder in the run's folder, for the others it groups runs.
+        project = "tensorboard" if self.args.track == "tensorboard" else self.settings["script"]
+        self.accelerator.init_trackers(project, config=flat, init_kwargs=options)
 
     def request_stop(self, number: int, frame) -> None:
         """SIGINT and SIGTERM: finish the step, save, exit. A second SIGINT interrupts at once."""
-        if self.stop_requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.stop_requested = True
+        now = time.monotonic()
+        if self.stop_requested:
+            # Launchers pass on a Ctrl-C that the terminal has already sent to every process: that is not a second one.
+            echo = self.accelerator.num_processes > 1 and now - self.stop_requested_at < 1
+            if number == signal.SIGINT and not echo:
+                raise KeyboardInterrupt
+            return
+        self.stop_requested, self.stop_requested_at = True, now
+        if self.main:  # not print: a signal may come in the middle of one
+            os.write(2, b"\nstopping: this step is finished and saved first; Ctrl-C again stops at once\n")
 
     def should_stop(self) -> bool:
         """Whether any process was told to stop; all processes get the same answer."""
@@ -107,15 +136,17 @@ class Run:
     def once(self, name: str, compute: Callable[[], dict]) -> dict:
         """The evaluation `name`, from its file where a run that is continued has it already."""
         file = self.folder / "evaluations" / f"{name}.json"
-        if file.is_file():
-            return json.loads(file.read_text())
+        known = on_main(self.accelerator, lambda: json.loads(file.read_text()) if file.is_file() else None)
+        if known is not None:
+            return known
         result = compute()
         if self.main:
-            write(file, json.dumps(result, indent=1))
             low, high = 100 * result["ci_low"], 100 * result["ci_high"]
             print(
                 f"{name}: accuracy {100 * result['accuracy']:.1f} % (95 % interval {low:.1f} to {high:.1f})", flush=True
             )
+            with one_line(str(file)):
+                write(file, json.dumps(result, indent=1))
         self.accelerator.wait_for_everyone()
         return result
 
@@ -127,8 +158,7 @@ class Run:
             # Started at the first step, so that the rate is that of training.
             self.bar = tqdm(total=self.args.steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout)
         finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **dict.fromkeys(metrics), **finite}) + "\n")
+        append(self.folder / "metrics.jsonl", [{"step": step, **dict.fromkeys(metrics), **finite}])
         if self.args.track:
             self.accelerator.log(finite, step=step)
         self.bar.set_postfix_str(
@@ -144,11 +174,9 @@ class Run:
         """Keep some completions; print one now and then, so that a person sees what the model writes."""
         if not self.main:
             return
-        with (self.folder / "completions.jsonl").open("a") as file:
-            for row in rows:
-                file.write(json.dumps({"step": step, **row}) + "\n")
+        append(self.folder / "completions.jsonl", [{"step": step, **row} for row in rows])
         if step % max(1, self.args.steps // 5) == 0:
-            row = max(rows, key=lambda row: row["reward"])
+            row = rows[0]  # not the best one, which would flatter the model
             tqdm.write(
                 f"--- step {step}, reward {row['reward']:.2f}, advantage {row['advantage']:+.2f}, "
                 f"answer {row['answer']}\n{row['question']}\n{row['completion']}\n---",
@@ -176,81 +204,139 @@ class Run:
     # --- checkpoints
 
     def save(self, step: int, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-        """Checkpoint after `step` steps, under a temporary name until every byte is on the disk."""
-        if self.main:
-            final = self.folder / "checkpoints" / f"step-{step:06d}"
-            writing = final.with_name(f"writing-{final.name}")
-            try:
+        """Checkpoint after `step` steps, under a temporary name until every byte is on the disk.
+
+        Raises:
+            SystemExit: one line, on every process, when it cannot be written; older checkpoints are not touched.
+        """
+        on_main(self.accelerator, lambda: self.write_checkpoint(step, policy, optimizer))
+
+    def write_checkpoint(self, step: int, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+        final = self.folder / "checkpoints" / f"step-{step:06d}"
+        writing = final.with_name(f"writing-{final.name}")
+        try:
+            with one_line(f"checkpoint {final}"):
                 shutil.rmtree(writing, ignore_errors=True)
                 writing.mkdir()
                 save_policy(policy, writing)
                 torch.save({"step": step, "optimizer": optimizer.state_dict()}, writing / "trainer.pt")
                 files = sorted(p for p in writing.rglob("*") if p.is_file())
-                write(writing / "complete", json.dumps({str(p.relative_to(writing)): checksum(p) for p in files}))
-                for path in [*files, writing]:
+                for path in files:
                     sync(path)
+                write(writing / "complete", json.dumps({str(p.relative_to(writing)): checksum(p) for p in files}))
+                sync(writing)
                 if final.exists():
                     shutil.rmtree(final)
                 writing.rename(final)
                 sync(final.parent)
-            except OSError as error:
-                shutil.rmtree(writing, ignore_errors=True)
-                raise SystemExit(f"checkpoint {final}: cannot be written ({error}); older checkpoints stand") from None
-            for old in sorted(final.parent.glob("step-*"))[: -self.args.keep_checkpoints]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+        except SystemExit:
+            shutil.rmtree(writing, ignore_errors=True)
+            raise
+        for old in sorted(final.parent.glob("step-*"))[: -self.args.keep_checkpoints]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
         """Load the newest checkpoint that is whole into policy and optimizer; returns the step to go on with."""
+        folder = on_main(self.accelerator, self.newest_whole_checkpoint)
         step = 0
-        for folder in sorted(self.folder.glob("checkpoints/step-*"), reverse=True):
+        if folder:
+            load_weights(policy, folder)
+            # On the CPU: load_state_dict moves what belongs on the device, and Adam's step counters do not.
+            state = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
+            optimizer.load_state_dict(state["optimizer"])
+            step = state["step"]
+        self.accelerator.wait_for_everyone()  # lines are dropped when all processes have their weights
+        if self.main and self.args.resume:
+            print(f"continuing {self.folder} at step {step}", flush=True)
+            with one_line(str(self.folder)):
+                for name in ("metrics.jsonl", "completions.jsonl"):
+                    drop_lines_from(self.folder / name, step)
+        if self.args.track:
+            self.start_tracker(step)
+        return step
+
+    def newest_whole_checkpoint(self) -> Path | None:
+        """Damaged ones above it are set aside: were they to stay, they would count among the newest that are kept."""
+        found = sorted(self.folder.glob("checkpoints/step-*"), reverse=True)
+        for number, folder in enumerate(found):
             damage = find_damage(folder)
             if damage is None:
-                load_weights(policy, folder)
-                state = torch.load(folder / "trainer.pt", weights_only=True, map_location=policy.device)
-                optimizer.load_state_dict(state["optimizer"])
-                step = state["step"]
-                break
-            if self.main:
-                print(f"checkpoint {folder}: {damage}; trying the one before", flush=True)
-        if self.main:
-            if self.args.resume:
-                print(f"continuing {self.folder} at step {step}", flush=True)
-            for name in ("metrics.jsonl", "completions.jsonl"):
-                drop_lines_from(self.folder / name, step)
-        self.accelerator.wait_for_everyone()
-        return step
+                for damaged in found[:number]:
+                    aside = damaged.with_name(f"damaged-{damaged.name}")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    damaged.rename(aside)
+                return folder
+            print(f"checkpoint {folder}: {damage}; trying the one before", flush=True)
+        if found:  # starting over would throw away the metrics of a run that may be mended by hand
+            raise SystemExit(f"--resume {self.folder}: none of its checkpoints is whole; start again with --out")
+        return None
+
+    # --- the end
 
     def stopped(self, step: int) -> dict:
         """Say how to go on after a stop that was asked for."""
+        self.close()
         if self.main:
-            if self.bar:
-                self.bar.close()
             print(f"stopped after step {step} and saved; continue with --resume {self.folder}", flush=True)
-        if self.args.track:
-            self.accelerator.end_training()
         return {}
 
     def finish(self, results: dict[str, dict | None]) -> dict:
         """Print and keep the results, draw the learning curve."""
+        self.close()
+        results = {name: result for name, result in results.items() if result}
         if self.main:
-            if self.bar:
-                self.bar.close()
-            results = {name: result for name, result in results.items() if result}
             if results:
                 from common.evaluate import table
 
                 print(table(results))
             summary = {name: {k: v for k, v in r.items() if k != "rows"} for name, r in results.items()}
             summary["non_finite_gradients"] = self.bad_steps
-            write(self.folder / "summary.json", json.dumps(summary, indent=1))
-            for name, result in results.items():
-                write(self.folder / "evaluations" / f"{name}.json", json.dumps(result, indent=1))
-            plot_learning_curve(self.folder)
+            with one_line(str(self.folder)):
+                write(self.folder / "summary.json", json.dumps(summary, indent=1))
+                for name, result in results.items():
+                    write(self.folder / "evaluations" / f"{name}.json", json.dumps(result, indent=1))
+                plot_learning_curve(self.folder)
             print(f"run folder: {self.folder}")
-        if self.args.track:
-            self.accelerator.end_training()
         return results
+
+    def close(self) -> None:
+        """End progress bar, tracker and process group; signals do again what they did before the run."""
+        if self.bar:
+            self.bar.close()
+        self.accelerator.end_training()  # without it, processes may abort at exit while others still talk to them
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], object]) -> object:
+    """What `work` returns on the main process, on all of them; where it ends the run with a line, all of them end."""
+    result = [None, None]
+    if accelerator.is_main_process:
+        try:
+            result[0] = work()
+        except SystemExit as error:
+            result[1] = error.code
+    broadcast_object_list(result)
+    if result[1] is not None:
+        accelerator.end_training()
+        raise SystemExit(result[1] if accelerator.is_main_process else 1)
+    return result[0]
+
+
+@contextlib.contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """A full disk or a folder that cannot be written ends the run with a line instead of a traceback."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # as torch.save and safetensors report a failed write
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise SystemExit(f"{what}: cannot be written ({reason}); checkpoints that are there stay") from None
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    """Add lines to a JSONL file; each is there before the next step begins."""
+    with one_line(str(path)), path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write(path: Path, text: str) -> None:
@@ -289,17 +375,20 @@ def find_damage(folder: Path) -> str | None:
 
 
 def load_weights(policy: Policy, folder: Path) -> None:
-    """Put a checkpoint's weights, or its adapter's, into the model in place.
-
-    They are loaded as any checkpoint is, since the names in a file are not always those in the model.
-    """
-    weights = load_policy(str(folder)).model.state_dict()
+    """Put a checkpoint's weights, or its adapter's, into the model in place."""
     try:
-        policy.model.load_state_dict(weights)
+        if (folder / "adapter_model.safetensors").is_file():
+            from peft import set_peft_model_state_dict
+
+            outcome = set_peft_model_state_dict(policy.model, load_file(folder / "adapter_model.safetensors"))
+            strange = outcome.unexpected_keys
+        else:
+            # Loaded as any checkpoint is, since the names in a file are not always those in the model.
+            strange = policy.model.load_state_dict(load_policy(str(folder)).model.state_dict()).unexpected_keys
     except RuntimeError as error:
-        raise SystemExit(
-            f"checkpoint {folder}: weights of another model: {str(error).splitlines()[1].strip()}"
-        ) from None
+        strange = [str(error).splitlines()[-1].strip()[:200]]
+    if strange:
+        raise SystemExit(f"checkpoint {folder}: weights of another model: {strange[0]}")
 
 
 def drop_lines_from(path: Path, step: int) -> None:
@@ -307,7 +396,7 @@ def drop_lines_from(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         with contextlib.suppress(json.JSONDecodeError):
             if json.loads(line)["step"] < step:
                 kept.append(line + "\n")
@@ -321,7 +410,8 @@ def plot_learning_curve(folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    file = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     if not lines:
         return
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
@@ -334,7 +424,9 @@ def plot_learning_curve(folder: Path) -> None:
         axis.plot(steps, smooth(values), color="tab:blue", label={"reward": "training reward"}.get(name))
         axis.set_xlabel("step")
         axis.set_ylabel(label)
-        axis.set_title({"completions/mean_length": "completion length"}.get(name, name))
+        axis.set_title(
+            {"completions/mean_length": "completion length", "reward": "reward and accuracy"}.get(name, name)
+        )
         axis.grid(alpha=0.3)
     held_out = [(line["step"] + 1, line["eval/accuracy"]) for line in lines if "eval/accuracy" in line]
     if held_out:
@@ -346,7 +438,8 @@ def plot_learning_curve(folder: Path) -> None:
             spread = [[result["accuracy"] - result["ci_low"]], [result["ci_high"] - result["accuracy"]]]
             label = "test accuracy before, after (greedy)" if name == "before" else None
             axes[0].errorbar(place, result["accuracy"], yerr=spread, fmt="s", color="tab:green", capsize=3, label=label)
-    axes[0].set_ylim(-0.02, 1.02)
+    low, high = axes[0].get_ylim()
+    axes[0].set_ylim(min(low, -0.02), max(high, 1.02))  # accuracies fill 0 to 1; a reward may reach beyond
     axes[0].legend(fontsize=8, loc="lower right")
     axes[1].set_ylim(bottom=0)
     axes[2].set_ylim(bottom=0)

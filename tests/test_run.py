@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from common.run import Run, drop_lines_from, find_damage, load_weights, plot_learning_curve
-from tests.small_models import FAMILIES, small_policy
+from tests.small_models import FAMILIES, small_folder, small_policy
 
 
 @dataclass
@@ -106,18 +109,64 @@ r.save(2, policy, optimizer)
     assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-000001"}, "the rest is cleared"
 
 
-def test_a_disk_that_is_full_costs_no_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("limit, part", [(200_000, "weights"), (1_000_000, "optimizer")])
+def test_a_disk_that_is_full_costs_no_checkpoint(limit, part, tmp_path):
+    policy, optimizer = policy_and_optimizer()
+    one_update(policy, optimizer, 0)
+    run = new_run(tmp_path / "run", keep_checkpoints=1)
+    run.save(1, policy, optimizer)
+    sizes = {p.name: p.stat().st_size for p in (tmp_path / "run" / "checkpoints" / "step-000001").iterdir()}
+    assert (sizes["model.safetensors"] > limit) == (part == "weights") and sizes["trainer.pt"] > limit
+
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # a file that grows beyond fails as on a full disk
+    try:
+        with pytest.raises(SystemExit, match=r"step-000002: cannot be written \([^\n]*\); checkpoints that are there"):
+            run.save(2, policy, optimizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
+    assert find_damage(tmp_path / "run" / "checkpoints" / "step-000001") is None
+
+
+def test_a_folder_that_cannot_be_written_is_named_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SystemExit, match=r"--out .*file/run: cannot be written \([^\n]*Not a directory"):
+        new_run(tmp_path / "file" / "run")
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    policy, optimizer = policy_and_optimizer()
+    run = new_run(tmp_path / "run", keep_checkpoints=2)
+    for step in (1, 2, 3, 10):
+        run.save(step, policy, optimizer)
+    assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step-000003", "step-000010"]
+    with pytest.raises(SystemExit, match="--keep-checkpoints 0"):
+        new_run(tmp_path / "other", keep_checkpoints=0)
+
+
+def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(tmp_path):
     policy, optimizer = policy_and_optimizer()
     run = new_run(tmp_path / "run")
+    for step in (2, 6):
+        run.save(step, policy, optimizer)
+    (tmp_path / "run" / "checkpoints" / "step-000006" / "model.safetensors").write_bytes(b"")
+    resumed = new_run(tmp_path / "run", resume=str(tmp_path / "run"), keep_checkpoints=1)
+    assert resumed.restore(policy, optimizer) == 2
+    resumed.save(4, policy, optimizer)
+    left = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert left == ["damaged-step-000006", "step-000004"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(tmp_path):
+    policy, optimizer = policy_and_optimizer()
+    run = new_run(tmp_path / "run")
+    run.log(0, LINE)
     run.save(1, policy, optimizer)
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("common.run.save_policy", full)
-    with pytest.raises(SystemExit, match=r"step-000002: cannot be written .*No space left"):
-        run.save(2, policy, optimizer)
-    assert find_damage(tmp_path / "run" / "checkpoints" / "step-000001") is None
+    (tmp_path / "run" / "checkpoints" / "step-000001" / "complete").unlink()
+    with pytest.raises(SystemExit, match="none of its checkpoints is whole"):
+        new_run(tmp_path / "run", resume=str(tmp_path / "run")).restore(policy, optimizer)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text(), "its metrics stand"
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
@@ -145,13 +194,71 @@ def test_lines_of_steps_that_will_be_done_again_are_dropped(tmp_path):
     assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
 
 
-def test_signals_ask_for_a_stop_and_the_second_interrupts(tmp_path):
+def test_no_step_stands_twice_after_a_resumption(tmp_path):
+    policy, optimizer = policy_and_optimizer()
+    row = {"question": "\u2028 三?", "completion": "3", "answer": "3", "reward": 1.0, "advantage": 0.5}
+    run = new_run(tmp_path / "run")
+    for step in range(5):  # killed in the fifth step, after a checkpoint at the third
+        run.log(step, LINE)
+        run.show(step, [row, row])
+        if step == 2:
+            run.save(step + 1, policy, optimizer)
+    run = new_run(tmp_path / "run", resume=str(tmp_path / "run"))
+    for step in range(run.restore(policy, optimizer), 6):
+        run.log(step, LINE)
+        run.show(step, [row, row])
+    for name, rows in (("metrics.jsonl", 1), ("completions.jsonl", 2)):
+        lines = (tmp_path / "run" / name).read_text().strip("\n").split("\n")
+        assert [json.loads(line)["step"] for line in lines] == [s for s in range(6) for _ in range(rows)]
+
+
+def test_a_completion_is_printed_readably(tmp_path, capsys):
+    row = {"question": "How many?", "completion": "<think>two</think>", "answer": "2", "reward": 1.0, "advantage": 0.5}
+    new_run(tmp_path / "run").show(0, [row])
+    said = capsys.readouterr().out
+    assert "step 0, reward 1.00, advantage +0.50, answer 2\nHow many?\n<think>two</think>" in said
+
+
+def test_signals_ask_for_a_stop_and_the_second_interrupts(tmp_path, capfd):
+    handler = signal.getsignal(signal.SIGINT)
     run = new_run(tmp_path / "run")
     assert not run.should_stop()
-    signal.raise_signal(signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
     assert run.should_stop()
+    os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    run.stopped(3)
+    said = capfd.readouterr()
+    assert said.err.count("stopping: this step is finished and saved first") == 1
+    assert f"stopped after step 3 and saved; continue with --resume {tmp_path / 'run'}" in said.out
+    assert signal.getsignal(signal.SIGINT) is handler, "signals are the caller's again"
+
+
+def test_tensorboard_gets_every_step_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    policy, optimizer = policy_and_optimizer()
+    run = new_run(tmp_path / "run", track="tensorboard")
+    run.restore(policy, optimizer)
+    for step in range(3):
+        run.log(step, {**LINE, "reward": 0.25 * step})
+    run.save(2, policy, optimizer)
+    run.close()
+    run = new_run(tmp_path / "run", track="tensorboard", resume=str(tmp_path / "run"))
+    run.restore(policy, optimizer)
+    run.log(2, {**LINE, "reward": 0.75})
+    run.finish({})
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("reward")] == [(0, 0.0), (1, 0.25), (2, 0.75)]
+
+
+@pytest.mark.parametrize("track, line", [("wandb", "the package wandb is not installed"), ("paper", "not one of")])
+def test_a_tracker_that_is_not_there_is_named(track, line, tmp_path, monkeypatch):
+    monkeypatch.setattr("common.run.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=f"--track {track}: {line}"):
+        new_run(tmp_path / "run", track=track)
+    assert not (tmp_path / "run").exists()
 
 
 def test_gradients_that_are_not_finite_are_counted(tmp_path):
@@ -171,10 +278,83 @@ def test_an_evaluation_is_done_once(tmp_path):
     assert resumed.once("before", lambda: pytest.fail("it was done again")) == result
 
 
+def test_the_results_are_kept_and_drawn(tmp_path):
+    run = new_run(tmp_path / "run")
+    for step in range(10):
+        run.log(step, {**LINE, "reward": 2 * step - 5.0, **({"eval/accuracy": 0.5} if step % 5 == 4 else {})})
+    result = {"accuracy": 0.5, "ci_low": 0.4, "ci_high": 0.6, "count": 100, "groups": {}, "mean_length": 9.0}
+    result |= {"truncated": 0.0, "samples": 1, "rows": [{"id": "a"}]}
+    run.finish({"before": result, "after": None})
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["before"]["accuracy"] == 0.5 and "rows" not in summary["before"] and "after" not in summary
+    assert json.loads((tmp_path / "run" / "evaluations" / "before.json").read_text()) == result
+    assert (tmp_path / "run" / "learning_curve.png").stat().st_size > 10_000
+    assert new_run(tmp_path / "no steps").finish({}) == {}
+
+
+TWO_PROCESSES = """
+import os, signal, sys, torch
+from accelerate import Accelerator
+import common.run
+from common.model import load_policy
+from tests.test_run import Args, one_update, weights
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+policy = load_policy(sys.argv[2])
+optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-3)
+run = common.run.Run(Args(sys.argv[1]), accelerator, "test")
+assert run.restore(policy, optimizer) == 0 and not run.should_stop()
+one_update(policy, optimizer, 0)
+run.save(1, policy, optimizer)
+saved = weights(policy)
+one_update(policy, optimizer, 1)
+assert run.restore(policy, optimizer) == 1
+assert all(torch.equal(w, saved[n]) for n, w in weights(policy).items())
+if not accelerator.is_main_process:  # one process is told twice at once, as by a terminal and by a launcher
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+assert run.should_stop()
+def full(*args):
+    raise OSError(28, "No space left on device")
+common.run.save_policy = full
+run.save(2, policy, optimizer)
+"""
+
+
+def test_two_processes_restore_stop_and_fail_together(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, str(tmp_path / "run"), small_folder("qwen3_vl")],
+            cwd=Path(__file__).parents[1],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [1, 1]
+    assert "Traceback" not in errors[0] + errors[1], errors
+    assert "step-000002: cannot be written" in errors[0] and "cannot be written" not in errors[1]
+
+
+def test_a_run_that_never_began_is_in_nobodys_way(tmp_path):
+    new_run(tmp_path / "run")  # and then, say, --model was mistyped
+    new_run(tmp_path / "run", learning_rate=0.1)
+
+
 def test_another_runs_folder_is_refused(tmp_path):
-    new_run(tmp_path / "run")
+    new_run(tmp_path / "run").log(0, LINE)
     with pytest.raises(SystemExit, match="--resume"):
         new_run(tmp_path / "run")
     with pytest.raises(SystemExit, match=r"--learning-rate was 0\.001 there and is 0\.1 now"):
         new_run(tmp_path / "run", resume=str(tmp_path / "run"), learning_rate=0.1)
+    with pytest.raises(SystemExit, match="no run there"):
+        new_run("", resume=str(tmp_path / "nothing"))
+    with pytest.raises(SystemExit, match="leave out --out"):
+        new_run(tmp_path / "other", resume=str(tmp_path / "run"))
     new_run(tmp_path / "run", resume=str(tmp_path / "run"), steps=20)
