@@ -27,8 +27,9 @@ from typing import Literal
 import torch
 import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType
 
-from common.data import TEMPLATE, batch_indices, build_messages, load_examples
+from common.data import TEMPLATE, batch_indices, build_messages, check_template, load_examples
 from common.evaluate import evaluate
 from common.forward import Scorer, micro_batches, rows_of, score_without_gradient
 from common.model import encode_prompts, load_policy
@@ -225,13 +226,13 @@ def main(args: Args) -> dict:
     # === Set up ===
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     device, processes = accelerator.device, accelerator.num_processes
-    check(args, processes)
+    check(args, accelerator)
     run = Run(args, accelerator, "grpo")
-    policy = load_policy(args.model, device=device, lora_rank=args.lora_rank, max_pixels=args.max_pixels)
     columns = {name: getattr(args, name) for name in ("image_column", "question_column", "answer_column", "kind")}
     train = load_examples(args.data, args.train_split, **columns)
     held_out = load_examples(args.data, args.eval_split, limit=args.eval_examples, **columns) if args.eval_every else []
     test = load_examples(args.data, args.test_split, limit=args.test_examples, **columns) if args.test_examples else []
+    policy = load_policy(args.model, device=device, lora_rank=args.lora_rank, max_pixels=args.max_pixels)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0)
     scorer = Scorer(policy, gradient_checkpointing=device.type == "cuda")
@@ -426,8 +427,12 @@ def main(args: Args) -> dict:
     return run.finish({"before": before, "after": after})
 
 
-def check(args: Args, processes: int) -> None:
+def check(args: Args, accelerator: Accelerator) -> None:
     """Stop with one line before anything long starts."""
+    processes, kind = accelerator.num_processes, accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise SystemExit(f"accelerate is configured for {kind.value}: only plain data parallelism is supported so far")
+    args.prompt_template = check_template(args.prompt_template)
     if args.group_size < 2:
         raise SystemExit(f"--group-size {args.group_size}: a group of at least 2 is compared with itself")
     if args.prompts_per_step % (processes * args.updates_per_rollout):

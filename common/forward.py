@@ -51,6 +51,9 @@ class Scorer(torch.nn.Module):
         self.model = policy.model
         self.policy = policy
         self.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing:  # the vision tower has no cache, so transformers' own does for it
+            policy.base.model.visual.gradient_checkpointing_enable({"use_reentrant": False})
+            policy.model.train()
 
     def forward(
         self, prompts: Prompts, completion_ids: torch.Tensor, completion_mask: torch.Tensor, temperature: float = 1.0

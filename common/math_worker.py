@@ -23,6 +23,9 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     from math_verify import parse, verify
 
+    verify(
+        parse("$(x+1)^2$", parsing_timeout=None), parse("$x^2$", parsing_timeout=None), timeout_seconds=None
+    )  # warm up
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         prediction, gold = json.loads(line)

@@ -40,7 +40,6 @@ def uniform_numbers(seed: int, step: int, rows: list[int], length: int) -> torch
     return torch.from_numpy(np.stack([np.random.default_rng([seed, step, row]).random(length) for row in rows]))
 
 
-@torch.no_grad()
 def sample(
     policy: Policy,
     prompts: Prompts,
@@ -68,7 +67,7 @@ def sample(
 
     was_training = model.training
     model.eval()
-    with policy.autocast():
+    with torch.inference_mode(), policy.autocast():
         prefix = forward_prompts(model, prompts)
         cache = DecodeCache(prefix, group_size, max_new_tokens)
         active = torch.arange(rows, device=device)  # [A] the rows still decoded
@@ -76,7 +75,7 @@ def sample(
         head = model.get_output_embeddings().weight
         for t in range(max_new_tokens):
             logits = (hidden @ head.T.to(hidden.dtype)).float()  # [A, V]
-            draw = None if uniforms is None else uniforms[active, t]
+            draw = None if uniforms is None else uniforms[active, t]  # [A]
             tokens, token_logprobs = draw_tokens(logits, draw, policy.banned, temperature, top_p, top_k)
             ids[active, t] = tokens
             logprobs[active, t] = token_logprobs
@@ -95,10 +94,11 @@ def sample(
             hidden = cache.step(model, tokens)
     model.train(was_training)
 
+    # Outside of inference mode, so that these are tensors which a loss may keep.
     longest = int(lengths.max())
     mask = torch.arange(longest, device=device) < lengths[:, None]  # [R, T]
     ids = ids[:, :longest].masked_fill(~mask, policy.tokenizer.pad_token_id)
-    return Rollout(ids, mask, logprobs[:, :longest] * mask, ended)
+    return Rollout(ids, mask, logprobs[:, :longest] * mask, ended.clone())
 
 
 def draw_tokens(
