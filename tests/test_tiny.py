@@ -54,10 +54,11 @@ def test_demonstrations_take_twenty_to_sixty_tokens(policy):
 
 
 def test_the_recipe_trains(tmp_path):
-    args = recipe.Args(out=str(tmp_path), describe_steps=2, steps=2, batch=4, learning_rate=1e-3)
+    args = recipe.Args(out=str(tmp_path), describe_steps=2, steps=2, more_steps=1, batch=4)
     fresh = recipe.build(str(tmp_path), 0)
     before = fresh.model.lm_head.weight.clone()
-    recipe.train(args, fresh)
+    for stage in range(3):
+        recipe.train(args, fresh, stage)
     assert not before.equal(fresh.model.lm_head.weight)
 
 
