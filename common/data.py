@@ -1,34 +1,38 @@
 """Examples (images, question, answer) from the built-in puzzles, a local file or folder, or a hub data set.
 
-Rows are checked when a set is loaded and images are decoded when an example is drawn, so that a large set never lies
-in memory. A row that cannot be used is skipped, counted and reported; more than one in a hundred stop the run.
+Rows are checked when a set is loaded and images are decoded when an example is drawn, so that a large set's pixels
+never lie in memory. A row that cannot be used is left out, counted and reported; more than 1 % of them stop the run.
 """
 
 import base64
+import contextlib
 import io
 import json
+import os
 import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.puzzles import SPLITS, puzzle
-from common.rewards import prepare_gold
+from common.rewards import KINDS, prepare_gold
 
 REQUEST = "Think between <think> and </think>, then give only the final answer between <answer> and </answer>."
 TEMPLATE = "{question}\n\n{request}"
 # Where data sets keep what; the first of these that a set has is taken.
-IMAGE_COLUMNS = ("images", "image", "decoded_image", "image_path", "file_name")
+IMAGE_COLUMNS = ("images", "decoded_image", "image", "image_path", "file_name")
 QUESTION_COLUMNS = ("problem", "question", "prompt", "query")
 ANSWER_COLUMNS = ("answer", "solution", "label", "ground_truth")
 PUZZLE_COUNT = {"train": 1_000_000, "validation": 2_000, "test": 2_000, "shifted": 2_000}
 MAX_ASPECT_RATIO = 200  # what the families' image processors accept
 MAX_IMAGE_PIXELS = 100_000_000  # beyond it a small file that unpacks to gigabytes is likelier than a photograph
-MOST_BAD_ROWS = 0.01
+# What a whole file has among its last bytes (WebP is checked when opened); one of another format is decoded to see.
+ENDINGS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "WEBP": b""}
 
 
 @dataclass(frozen=True)
@@ -55,27 +59,33 @@ def load_examples(
     answer_column: str = "",
     kind: str = "",
     limit: int | None = None,
+    max_bad: float = 0.01,
 ) -> Sequence[Example]:
     """Examples of a split: `puzzles`; a .jsonl or .parquet file; a folder with metadata.jsonl, metadata.parquet or a
-    data set of its own; or a hub id, `id@config` where it has configurations.
+    data set of its own; or a hub id. `@config` behind a folder or an id names one of its configurations.
 
-    A local file is its own only split, whatever `split` says, unless files named after splits lie in a folder.
-    `limit` takes the first so many usable rows.
+    A file has no splits: it serves as any, and says so, unless files named after splits lie in a folder.
+    `limit` takes the first so many usable rows; `max_bad` is the share of unusable ones that is put up with.
 
     Raises:
         SystemExit: one line, when the data is not there, columns are missing, or too many rows cannot be used.
     """
+    if kind and kind not in KINDS:
+        raise SystemExit(f"--kind {kind}: choose one of {', '.join(KINDS)}")
     if data == "puzzles":
         if split not in SPLITS:
             raise SystemExit(f"--data puzzles has no split {split!r}: choose one of {', '.join(SPLITS)}")
         return Puzzles(split, min(limit or PUZZLE_COUNT[split], PUZZLE_COUNT[split]))
-    rows, root = open_rows(data, split)
+    data, rows, root = open_rows(data, split)
+    if not len(rows):
+        raise SystemExit(f"--data {data}: no rows")
+    names = list(dict.fromkeys(key for row in rows for key in row)) if isinstance(rows, list) else rows.column_names
     columns = {
-        "image": find_column(data, rows, "image", image_column, IMAGE_COLUMNS, required=False),
-        "question": find_column(data, rows, "question", question_column, QUESTION_COLUMNS),
-        "answer": find_column(data, rows, "answer", answer_column, ANSWER_COLUMNS),
+        "image": find_column(data, names, "image", image_column, IMAGE_COLUMNS, required=False),
+        "question": find_column(data, names, "question", question_column, QUESTION_COLUMNS),
+        "answer": find_column(data, names, "answer", answer_column, ANSWER_COLUMNS),
     }
-    return Rows(data, rows, root, columns, kind, limit)
+    return Rows(data, rows, root, columns, kind, limit, max_bad)
 
 
 @dataclass(frozen=True)
@@ -95,111 +105,151 @@ class Puzzles(Sequence):
         return Example((p.image,), f"<image>{p.question}", p.answer, p.kind, None, p.family, f"{self.split}/{index}")
 
 
+@dataclass
 class Rows(Sequence):
-    """The usable rows of a table. Text, answers and image headers are checked at once, pixels when a row is drawn."""
+    """The usable rows of a table. Text, answers and what shows without decoding an image are checked at once.
 
-    def __init__(self, name, rows, root: Path | None, columns: dict[str, str], kind: str, limit: int | None):
-        self.rows, self.root, self.columns, self.kind = rows, root, columns, kind
-        self.usable, bad = [], []
-        for number in range(len(rows)):
+    `sizes` holds the area of each example's images in pixels, by which an evaluation sorts them.
+    """
+
+    name: str
+    rows: Sequence[dict]
+    root: Path | None
+    columns: dict[str, str]
+    kind: str
+    limit: int | None
+    max_bad: float
+
+    def __post_init__(self):
+        self.usable, self.sizes, self.bad = [], [], {}
+        for number in range(len(self.rows)):
             try:
-                self.read(number, pixels=False)
+                self.sizes.append(sum(i.width * i.height for i in self.read(number, pixels=False).images))
                 self.usable.append(number)
-            except (ValueError, OSError, TypeError, Image.DecompressionBombError) as error:
-                bad.append(f"row {number}: {str(error).splitlines()[0]}")
-            if limit and len(self.usable) == limit:
+            except ValueError as error:
+                self.bad[number] = str(error)
+            if self.limit and len(self.usable) == self.limit:
                 break
-        if bad:
-            print(f"--data {name}: {len(bad)} of {len(rows)} rows left out; {'; '.join(bad[:3])}", flush=True)
-        if len(bad) > MOST_BAD_ROWS * (len(bad) + len(self.usable)):
-            raise SystemExit(
-                f"--data {name}: {len(bad)} of {len(bad) + len(self.usable)} rows cannot be used: {'; '.join(bad[:3])}"
-            )
-        if not self.usable:
-            raise SystemExit(f"--data {name}: no rows")
+        if self.bad:
+            self.report()
+
+    def report(self) -> None:
+        """Say which rows are left out; stop where they are too many."""
+        checked = max([*self.bad, *self.usable]) + 1
+        named = "; ".join(f"row {number}: {reason}" for number, reason in list(self.bad.items())[:3])
+        counted = f"--data {self.name}: {len(self.bad)} of {checked} rows cannot be used: {named} (counted from row 0)"
+        if len(self.bad) > self.max_bad * checked or len(self.bad) == checked:
+            raise SystemExit(counted)
+        print(counted, flush=True)
 
     def __len__(self) -> int:
         return len(self.usable)
 
     def __getitem__(self, index: int) -> Example:
-        return self.read(self.usable[index])
+        """Example `index`; if its image turns out to be broken only now, the next sound one stands in, the same on
+        every draw, and the row is reported."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        while True:
+            number = self.usable[index]
+            try:
+                return self.read(number)
+            except ValueError as error:
+                if number not in self.bad:
+                    self.bad[number] = str(error)
+                    self.report()
+            index = (index + 1) % len(self)
 
     def read(self, number: int, pixels: bool = True) -> Example:
-        """One row as an example.
-
-        Raises:
-            ValueError: a line that says what is wrong with it.
-        """
+        """One row as an example. Raises ValueError, a line that says what is wrong with it."""
         row = self.rows[number]
-        stored = row.get(self.columns["image"]) if self.columns["image"] else None
+        stored = row.get(self.columns["image"])
         stored = [] if stored is None else stored if isinstance(stored, list) else [stored]
-        images = tuple(open_image(item, self.root, pixels) for item in stored)
-        question = str(row[self.columns["question"]] or "").strip()
+        question = str(row.get(self.columns["question"]) or "").strip()
         if not question:
             raise ValueError("no question")
-        question = mark_images(question, len(images))
+        if token := re.search(r"<\|\w+\|>", question):
+            raise ValueError(f"the question holds {token[0]}, which models read as a token of their own")
+        images = tuple(open_image(item, self.root, pixels) for item in stored)
+        question, images = place_images(question, images)
         choices = row.get("choices") or row.get("options") or None
         choices = tuple(map(str, choices)) if isinstance(choices, list) else None
         kind = self.kind or row.get("kind") or "math"
-        answer = prepare_gold(row[self.columns["answer"]], kind, choices)
+        answer = prepare_gold(row.get(self.columns["answer"]), kind, choices)
         group = str(row.get("group") or row.get("category") or row.get("subject") or "")
-        return Example(images, question, answer, kind, choices, group, str(row.get("id", number)))
+        name = row.get("id")
+        return Example(images, question, answer, kind, choices, group, str(number if name is None else name))
 
 
-def open_rows(data: str, split: str):
-    """A table with random access and the folder that its image paths are relative to."""
-    path = Path(data)
-    if path.suffix == ".jsonl" and path.is_file():
-        return read_jsonl(path), path.parent
-    if path.suffix == ".parquet" and path.is_file():
-        return hub_rows(data, "parquet", "train", data_files=str(path)), path.parent
-    if path.is_dir():
-        for name in (f"{split}.jsonl", f"{split}.parquet", "metadata.jsonl", "metadata.parquet"):
-            if (path / name).is_file():
-                return open_rows(str(path / name), split)
-        return hub_rows(data, str(path), split), path
-    if path.suffix or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.() -]+)?", data):
-        raise SystemExit(f"--data {data}: no such file or folder, and not a hub id of the form owner/name")
-    name, _, config = data.partition("@")
-    return hub_rows(data, name, split, config or None), None
+def open_rows(data: str, split: str) -> tuple[str, Sequence[dict], Path | None]:
+    """The file or set that `data` stands for, its table, and the folder that image paths in it are relative to."""
+    files = (f"{split}.jsonl", f"{split}.parquet", "metadata.jsonl", "metadata.parquet")
+    path = next((Path(data) / name for name in files if (Path(data) / name).is_file()), Path(data))
+    if path.suffix in (".jsonl", ".parquet") and path.is_file():
+        if path.stem != split and split != "train":
+            print(f"--data {path}: a file has no splits; all of it serves as {split!r}", flush=True)
+        if path.suffix == ".jsonl":
+            return str(path), read_jsonl(path), path.parent
+        return str(path), load_table(str(path), "parquet", "train", data_files=str(path)), path.parent
+    name, config = (data, None) if path.exists() or "@" not in data else data.rsplit("@", 1)
+    if Path(name).is_dir():
+        return data, load_table(data, name, split, config), Path(name)
+    if Path(name).suffix in (".jsonl", ".parquet") or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise SystemExit(f"--data {data}: no such .jsonl or .parquet file or folder, nor a hub id owner/name")
+    return data, load_table(data, name, split, config, hub=True), None
 
 
 def read_jsonl(path: Path) -> list[dict]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # str.splitlines cuts at more than line ends
         if line.strip():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise SystemExit(f"--data {path}: line {number} is not JSON: {error.msg}") from None
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError) as error:  # not UTF-8, not JSON, not an object
+                raise SystemExit(f"--data {path}: line {number} is not a JSON object: {error}") from None
     return rows
 
 
-def hub_rows(data: str, name: str, split: str, config: str | None = None, **files):
+def load_table(data: str, name: str, split: str, config: str | None = None, hub: bool = False, **files):
     """A `datasets` table whose images stay encoded until they are drawn."""
-    from datasets import Features, List, load_dataset
-    from datasets import Image as HubImage
+    import datasets
 
+    if hub and not datasets.config.HF_HUB_OFFLINE and not hub_answers(name):
+        datasets.config.HF_HUB_OFFLINE = True  # the cache is asked at once, without half a minute of trying the hub
     try:
-        table = load_dataset(name, config, split=split, **files)
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SystemExit(
-            f"--data {data}: split {split!r} cannot be loaded ({reason}); without a network, fetch the set where "
-            f"there is one with `hf download {name} --repo-type dataset --local-dir DIR` and pass --data DIR"
-        ) from None
+        table = datasets.load_dataset(name, config, split=split, **files)
+    except Exception as error:  # of the many that readers of files raise, each is a line for the user
+        line = f"--data {data}: split {split!r} cannot be loaded ({one_line(error)})"
+        if hub and datasets.config.HF_HUB_OFFLINE:
+            line += (
+                f"; where there is a network, run `hf download {name} --repo-type dataset --local-dir DIR` and pass "
+                f"--data DIR{'@' + config if config else ''}"
+            )
+        raise SystemExit(line) from None
     encoded = {}
     for column, feature in table.features.items():
-        if isinstance(feature, HubImage):
-            feature = HubImage(decode=False)
-        elif isinstance(feature, List) and isinstance(feature.feature, HubImage):
-            feature = List(HubImage(decode=False))
+        if isinstance(feature, datasets.Image):
+            feature = datasets.Image(decode=False)
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+            feature = datasets.List(datasets.Image(decode=False))
         encoded[column] = feature
-    return table.cast(Features(encoded)) if encoded != dict(table.features) else table
+    return table.cast(datasets.Features(encoded)) if encoded != dict(table.features) else table
 
 
-def find_column(data: str, rows, what: str, given: str, usual: tuple[str, ...], required: bool = True) -> str:
-    names = list(rows[0]) if len(rows) else []
+def hub_answers(name: str) -> bool:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except HfHubHTTPError:
+        return True  # it refuses; loading will say why
+    except Exception:  # whatever the network's layers raise
+        return False
+    return True
+
+
+def find_column(data: str, names: list[str], what: str, given: str, usual: tuple[str, ...], required=True) -> str:
     if given and given not in names:
         raise SystemExit(f"--{what}-column {given}: {data} has the columns {', '.join(names)}")
     found = given or next((name for name in usual if name in names), "")
@@ -211,53 +261,90 @@ def find_column(data: str, rows, what: str, given: str, usual: tuple[str, ...], 
 def open_image(stored, root: Path | None, pixels: bool = True) -> Image.Image:
     """A picture as data sets hold them: decoded, bytes, {bytes, path}, a path, base64 text.
 
-    With `pixels` false only the header is read. Raises ValueError or OSError where that is not a usable picture.
+    With `pixels` false it is not decoded, as far as its file shows without that whether it is whole.
+
+    Raises:
+        ValueError: one line, where that is not a usable picture.
     """
     if isinstance(stored, dict):
         stored = stored.get("bytes") or stored.get("path")
     if isinstance(stored, Image.Image):
-        image = stored
-    elif isinstance(stored, bytes):
-        image = Image.open(io.BytesIO(stored))
-    elif isinstance(stored, str) and stored:
-        path = (root or Path()) / stored
-        if len(stored) < 1024 and path.is_file():
-            image = Image.open(path)
-        elif len(stored) < 64:
+        return to_rgb(stored)
+    if isinstance(stored, str) and stored:
+        path = root / stored if root else Path(stored)
+        if os.path.isfile(path):  # unlike Path.is_file, says no to text that is too long for a name
+            source = path
+        elif path.suffix.lower() in Image.registered_extensions() or "://" in stored or len(stored) < 64:
             raise ValueError(f"no image file {stored!r}")
         else:
-            image = Image.open(io.BytesIO(base64.b64decode(stored.partition("base64,")[2] or stored, validate=True)))
+            source = io.BytesIO(base64.b64decode(stored.partition("base64,")[2] or stored))
+    elif isinstance(stored, bytes) and stored:
+        source = io.BytesIO(stored)
     else:
         raise ValueError(f"no image in a value of type {type(stored).__name__}")
-    width, height = image.size
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise ValueError(f"an image of {width} x {height} pixels is more than {MAX_ASPECT_RATIO} times as long as wide")
-    if width * height > MAX_IMAGE_PIXELS:
-        raise ValueError(f"an image of {width} x {height} pixels is larger than {MAX_IMAGE_PIXELS:,} pixels")
-    return to_rgb(image) if pixels else image
+    where = f" {stored!r}" if isinstance(source, Path) else ""
+    try:
+        # What PIL warns of, odd metadata or a great size, is harmless or refused below.
+        with warnings.catch_warnings(action="ignore"), Image.open(source) as image:
+            width, height = image.size
+            if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+                raise ValueError(f"{width} x {height} pixels: more than {MAX_ASPECT_RATIO} times as long as wide")
+            if width * height > MAX_IMAGE_PIXELS:
+                raise ValueError(f"{width} x {height} pixels: more than {MAX_IMAGE_PIXELS:,}")
+            if pixels:
+                return to_rgb(image)
+            if image.format not in ENDINGS or ENDINGS[image.format] not in last_bytes(source):
+                image.load()
+            return image
+    except Exception as error:  # PIL's formats raise a dozen types on broken files, SyntaxError among them
+        reason = "not in a known format" if isinstance(error, UnidentifiedImageError) else one_line(error)
+        raise ValueError(f"image{where}: {reason}") from None
+
+
+def last_bytes(source: Path | io.BytesIO, count: int = 64) -> bytes:
+    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.getbuffer()[-count:]) as file:
+        file.seek(max(0, file.seek(0, io.SEEK_END) - count))
+        return file.read()
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, upright, transparency on white; of an animation the first frame. Raises OSError where data is missing."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # broken EXIF data does not make a picture unusable
+    """RGB, upright, transparency on white; of an animation the first frame. Raises what PIL does on broken data."""
+    image.load()
+    with contextlib.suppress(Exception):  # broken EXIF data, of whatever type PIL raises, makes no picture unusable
         image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode.startswith(("I", "F")):  # 16 bits and more: PIL would cut them off at 255
-        values = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray((255 * values / max(values.max(), 1)).clip(0, 255).astype(np.uint8))
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        highest = 65535 if image.mode.startswith("I;16") else max(values.max(), 1)
+        image = Image.fromarray((255 * values / highest).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 
-def mark_images(question: str, images: int) -> str:
-    """The question with one `<image>` a picture: other ways to write the marker are unified, missing ones prepended."""
-    question = re.sub(r"<image ?\d+>", "<image>", question)
-    markers = question.count("<image>")
-    if markers > images:
-        raise ValueError(f"{markers} image markers for {images} images")
-    return "<image>" * (images - markers) + question
+def place_images(question: str, images: tuple) -> tuple[str, tuple]:
+    """The question with one `<image>` a picture and the pictures in the markers' order. Pictures that no marker names
+    come first; numbered markers (`<image1>`, `<image 2>`) name theirs, in any order.
+
+    >>> place_images("Is <image 2> left of <image 1>?", ("a", "b", "c"))
+    ('<image>Is <image> left of <image>?', ('c', 'b', 'a'))
+    """
+    markers = re.findall(r"<image ?(\d*)>", question)
+    if any(markers):
+        if not all(m and 1 <= int(m) <= len(images) for m in markers):
+            raise ValueError(
+                f"image markers numbered {', '.join(m or 'not' for m in markers)} for {len(images)} images"
+            )
+        numbers = [int(m) - 1 for m in markers]
+        images = (*(i for n, i in enumerate(images) if n not in numbers), *(images[n] for n in numbers))
+        question = re.sub(r"<image ?\d+>", "<image>", question)
+    if len(markers) > len(images):
+        raise ValueError(f"{len(markers)} image markers for {len(images)} images")
+    return "<image>" * (len(images) - len(markers)) + question, images
 
 
 def build_messages(example: Example, template: str = TEMPLATE) -> list[dict]:
@@ -266,7 +353,7 @@ def build_messages(example: Example, template: str = TEMPLATE) -> list[dict]:
     >>> build_messages(Example((), "How many?", "3"), "{question} Be brief.")
     [{'role': 'user', 'content': [{'type': 'text', 'text': 'How many? Be brief.'}]}]
     """
-    text = template.replace("{request}", REQUEST).replace("{question}", example.question)
+    text = check_template(template).replace("{request}", REQUEST).replace("{question}", example.question)
     content = []
     for piece in re.split(r"(<image>)", text):
         if piece == "<image>":
@@ -280,11 +367,11 @@ def check_template(template: str) -> str:
     """The template with `\\n` typed on a command line made a line break.
 
     Raises:
-        SystemExit: it has no place for the question.
+        SystemExit: it has no place for the question, or one for pictures, which come with the question.
     """
     template = template.replace("\\n", "\n")
-    if "{question}" not in template:
-        raise SystemExit(f"--prompt-template {template!r}: must contain {{question}}")
+    if "{question}" not in template or "<image>" in template:
+        raise SystemExit(f"--prompt-template {template!r}: must contain {{question}} and not <image>")
     return template
 
 
@@ -294,9 +381,13 @@ def batch_indices(seed: int, step: int, size: int, length: int) -> list[int]:
     Steps walk through one random order of the set after another; within an epoch no example comes twice. A batch that
     reaches over the end of an epoch takes its rest from the next.
     """
-    indices, position = [], step * size
+    indices = []
     while len(indices) < size:
-        epoch, start = divmod(position + len(indices), length)
-        order = np.random.default_rng([seed, epoch]).permutation(length)
-        indices += order[start : start + size - len(indices)].tolist()
+        epoch, start = divmod(step * size + len(indices), length)
+        indices += epoch_order(seed, epoch, length)[start : start + size - len(indices)].tolist()
     return indices
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(length)

@@ -7,7 +7,7 @@ python -m common.evaluate --model tiny runs/grpo-tiny-seed1 --split shifted --sa
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -49,7 +49,7 @@ class Args:
     seed: int = 1
     """of the sampling, where the temperature is above 0"""
     out: str = ""
-    """JSON file for all results, with every completion"""
+    """JSON file for settings and results, with every completion; written anew after each model"""
 
 
 def evaluate(
@@ -68,9 +68,17 @@ def evaluate(
 
     With an accelerator of several processes each takes every W-th example and all return the same result:
     accuracy, ci_low, ci_high, count, mean_length, truncated, groups (the same figures a group) and rows.
+
+    Raises:
+        ValueError: there are no examples.
     """
+    if not len(examples):
+        raise ValueError("no examples to evaluate on")
     processes = accelerator.num_processes if accelerator else 1
-    mine = range(accelerator.process_index if accelerator else 0, len(examples), processes)
+    # Prompts of a like length pad each other little; the longest first, so that memory runs out at once or never.
+    sizes = getattr(examples, "sizes", [0] * len(examples))
+    order = sorted(range(len(examples)), key=lambda n: -sizes[n])
+    mine = order[accelerator.process_index if accelerator else 0 :: processes]
     rows = []
     for start in range(0, len(mine), batch_prompts):
         numbers = mine[start : start + batch_prompts]
@@ -128,15 +136,16 @@ def summarize(rows: list[dict]) -> dict:
 
 
 def interval(means: list[float], binary: bool) -> tuple[float, float]:
-    """95 % interval of a mean accuracy: Wilson's where each example has one verdict, else the normal one over the
-    examples' means, since several samples of one example are not independent.
+    """95 % interval of a mean accuracy over examples: Wilson's where each has one verdict, else the normal one of the
+    examples' means, since several samples of one example are not independent. Means that are all the same would give
+    the normal interval no width; they get Wilson's, too.
 
     >>> [round(x, 3) for x in interval([1.0] * 8 + [0.0] * 2, binary=True)]
     [0.49, 0.943]
     """
     n, z = len(means), 1.959964
     p = sum(means) / n
-    if binary:
+    if binary or len(set(means)) == 1:
         centre = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     else:
@@ -155,19 +164,25 @@ def table(results: dict[str, dict]) -> str:
         spread = f"{100 * result['ci_low']:.1f} - {100 * result['ci_high']:.1f}"
         ends = [f"{result['mean_length']:.1f}", f"{100 * result['truncated']:.1f}"]
         lines.append([name, f"{100 * result['accuracy']:.1f}", spread, *by_group, *ends])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    first, *widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join("  ".join([line[0].ljust(first), *map(str.rjust, line[1:], widths)]) for line in lines)
 
 
 def newest_checkpoint(name: str) -> str:
-    """A run folder's newest complete checkpoint; any other name as it is."""
+    """A run folder's newest complete checkpoint; any other name as it is.
+
+    Raises:
+        SystemExit: the run has none yet, or `runs/NAME` is not there (a hub id could have that form).
+    """
     folder = Path(name)
+    if folder.parent.name == "runs" and not folder.exists():
+        raise SystemExit(f"--model {name}: no such run folder")
     if not (folder / "args.json").is_file():
         return name
-    complete = sorted(p.parent for p in folder.glob("checkpoints/step-*/complete"))
+    complete = [path.parent for path in folder.glob("checkpoints/step-*/complete")]
     if not complete:
         raise SystemExit(f"--model {name}: the run has no complete checkpoint yet")
-    return str(complete[-1])
+    return str(max(complete, key=lambda path: int(path.name.removeprefix("step-"))))
 
 
 def usual_length(name: str) -> int:
@@ -178,28 +193,43 @@ def usual_length(name: str) -> int:
     return 72 if name == "tiny" else 2048
 
 
+def check(args: Args) -> None:
+    """Stop with one line before anything long starts."""
+    for name, least in (("limit", 0), ("samples", 1), ("temperature", 0), ("batch_prompts", 1)):
+        if getattr(args, name) < least:
+            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+    if args.samples > 1 and not args.temperature:
+        raise SystemExit(f"--samples {args.samples}: greedy answers are all the same; pass a --temperature above 0")
+    if args.out and not (Path(args.out).parent.is_dir() and not Path(args.out).is_dir()):
+        raise SystemExit(f"--out {args.out}: not a file in a folder that exists")
+    check_template(args.prompt_template)
+
+
 def main(args: Args) -> dict[str, dict]:
+    check(args)
+    checkpoints = {name: newest_checkpoint(name) for name in args.model}
     columns = {name: getattr(args, name) for name in ("image_column", "question_column", "answer_column", "kind")}
-    template = check_template(args.prompt_template)
     examples = load_examples(args.data, args.split, limit=args.limit or None, **columns)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = {}
-    for name in args.model:
-        policy = load_policy(newest_checkpoint(name), device=device, trainable=False, max_pixels=args.max_pixels)
-        results[name] = evaluate(
+    for name, checkpoint in checkpoints.items():
+        policy = load_policy(checkpoint, device=device, trainable=False, max_pixels=args.max_pixels)
+        results[name] = {"checkpoint": checkpoint} | evaluate(
             policy,
             examples,
-            template=template,
+            template=args.prompt_template,
             samples=args.samples,
             temperature=args.temperature,
             max_new_tokens=args.max_completion_length or usual_length(name),
             batch_prompts=args.batch_prompts,
             seed=args.seed,
         )
-    print(f"{args.data}, split {args.split}, {len(examples)} examples")
+        if args.out:
+            text = json.dumps({"args": asdict(args), "models": results}, indent=1, ensure_ascii=False)
+            Path(args.out).write_text(text, encoding="utf-8")
+    answered = f"{args.samples} samples each at temperature {args.temperature}" if args.temperature else "greedy"
+    print(f"{args.data}, split {args.split}, {len(examples)} examples, {answered}")
     print(table(results))
-    if args.out:
-        Path(args.out).write_text(json.dumps(results, indent=1))
     return results
 
 

@@ -1,11 +1,14 @@
 """Examples from files, folders and hub-like sets; images of every kind; the order in which they are drawn."""
 
 import base64
+import contextlib
 import io
 import json
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -18,9 +21,16 @@ from common.data import (
     check_template,
     load_examples,
     open_image,
+    place_images,
     to_rgb,
 )
 from tests.small_models import picture
+
+
+@pytest.fixture(autouse=True)
+def cache_of_its_own(tmp_path_factory, monkeypatch):
+    """What `datasets` keeps of the files that the tests write goes where they go."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 def png(image: Image.Image, **options) -> bytes:
@@ -58,6 +68,30 @@ def test_jsonl_with_image_paths_beside_it(tmp_path):
     assert len(three.images) == 2 and three.question == "<image>Same? <image>" and three.answer == "yes"
 
 
+def test_jsonl_as_editors_and_other_programs_write_it(tmp_path):
+    """With a byte order mark, empty lines, line separators inside of strings, and columns that only some rows have."""
+    picture(40, 30, 0).save(tmp_path / "a.png")
+    rows = ['{"question": "1\u2028+ 1?", "answer": "2"}', "", '{"question": "?", "answer": "3", "image": "a.png"}']
+    (tmp_path / "rows.jsonl").write_text("\ufeff" + "\r\n".join(rows), encoding="utf-8")
+    first, second = load_examples(str(tmp_path / "rows.jsonl"))
+    assert first.question == "1\u2028+ 1?" and second.images[0].size == (40, 30)
+
+
+def test_image_folder_with_metadata(tmp_path, capsys):
+    picture(40, 30, 0).save(tmp_path / "a.png")
+    write_jsonl(tmp_path, [{"file_name": "a.png", "question": "How many?", "answer": "3"}], "metadata.jsonl")
+    assert load_examples(str(tmp_path), "train")[0].images[0].size == (40, 30)
+    assert capsys.readouterr().out == ""
+    load_examples(str(tmp_path), "test")
+    assert "a file has no splits; all of it serves as 'test'" in capsys.readouterr().out
+
+
+def test_files_named_after_splits(tmp_path):
+    for split, answer in (("train", "1"), ("test", "2")):
+        write_jsonl(tmp_path, [{"question": "?", "answer": answer}], f"{split}.jsonl")
+    assert [load_examples(str(tmp_path), split)[0].answer for split in ("train", "test")] == ["1", "2"]
+
+
 def test_parquet_as_hub_sets_have_it(tmp_path):
     """The schema of geometry3k: a list of images, `<image>` in the problem, a LaTeX answer."""
     rows = [
@@ -75,6 +109,43 @@ def test_parquet_as_hub_sets_have_it(tmp_path):
         examples = load_examples(data, "train")
         assert len(examples) == 3 and examples[2].question == "<image>Find x. 2"
         assert np.array_equal(np.asarray(examples[1].images[0]), np.asarray(picture(32, 32, 1)))
+        assert examples.sizes == [32 * 32] * 3
+    with pytest.raises(SystemExit, match=r"split 'dev' cannot be loaded .*dev"):
+        load_examples(str(tmp_path), "dev")
+
+
+def test_parquet_from_other_programs(tmp_path):
+    """Images as plain structs or bytes, as pandas and pyarrow write them."""
+    data = png(picture(32, 24, 0))
+    for name, stored in (("structs", {"bytes": data, "path": "a.png"}), ("bytes", data), ("lists", [{"bytes": data}])):
+        table = pyarrow.Table.from_pylist([{"image": stored, "question": "How many?", "answer": 3}])
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+        example = load_examples(str(tmp_path / f"{name}.parquet"), kind="int")[0]
+        assert example.images[0].size == (32, 24) and example.answer == "3"
+
+
+def test_configurations_of_a_downloaded_set(tmp_path):
+    folder = tmp_path / "set"
+    for config in ("easy", "hard"):
+        (folder / config).mkdir(parents=True)
+        write_jsonl(folder / config, [{"problem": config, "solution": "<answer> 1 </answer>"}], "train.jsonl")
+    card = "---\nconfigs:\n- config_name: easy\n  data_files: easy/*\n- config_name: hard\n  data_files: hard/*\n---\n"
+    (folder / "README.md").write_text(card)
+    example = load_examples(f"{folder}@hard", "train")[0]
+    assert (example.question, example.answer) == ("hard", "1")
+    with pytest.raises(SystemExit, match=r"pick one among .*'easy', 'hard'"):
+        load_examples(str(folder), "train")
+
+
+def test_the_column_with_pixels_is_taken_where_another_has_paths(tmp_path):
+    """The schema of MathVista."""
+    features = datasets.Features(
+        {"image": datasets.Value("string"), "decoded_image": datasets.Image()}
+        | {name: datasets.Value("string") for name in ("question", "answer")}
+    )
+    row = {"image": "images/1.jpg", "decoded_image": picture(32, 24, 0), "question": "?", "answer": "1"}
+    datasets.Dataset.from_list([row], features=features).to_parquet(tmp_path / "testmini.parquet")
+    assert load_examples(str(tmp_path), "testmini")[0].images[0].size == (32, 24)
 
 
 def test_columns_can_be_named(tmp_path):
@@ -90,26 +161,86 @@ def test_rows_that_cannot_be_used_are_left_out_counted_and_named(tmp_path, capsy
     good = {"question": "1 + 1?", "answer": "2"}
     path = write_jsonl(tmp_path, [good] * 150 + [{"question": "?", "answer": None}])
     assert len(load_examples(path)) == 150
-    assert "1 of 151 rows left out; row 150: no answer" in capsys.readouterr().out
+    assert f"{path}: 1 of 151 rows cannot be used: row 150: no answer" in capsys.readouterr().out
 
     (tmp_path / "broken.png").write_bytes(b"no picture")
     bad = [{"image": "broken.png", **good}, {"image": "gone.png", **good}, {**good, "question": "<image>?"}]
-    with pytest.raises(SystemExit, match=r"3 of 153 rows cannot be used: row 150: cannot identify") as error:
+    with pytest.raises(SystemExit, match=r"3 of 153 rows cannot be used: row 150: image .*broken.png") as error:
         load_examples(write_jsonl(tmp_path, [{"image": None, **good}] * 150 + bad))
     assert "row 151: no image file 'gone.png'" in str(error.value)
     assert "row 152: 1 image markers for 0 images" in str(error.value)
+    few = write_jsonl(tmp_path, [{"image": None, **good}] * 150 + bad)
+    assert len(load_examples(few, max_bad=0.05)) == 150
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"question": "1 + 1?"}, "no answer"),
+        ({"answer": "2"}, "no question"),
+        ({"question": "1 + 1?", "answer": r"\boxed{"}, "no answer inside"),
+        ({"question": "1 + 1?", "answer": "two", "kind": "int"}, "not of kind int"),
+        ({"question": "1 + 1?", "answer": "2", "kind": "sum"}, "unknown answer kind 'sum'"),
+        ({"question": "<image 3>?", "answer": "2"}, "numbered 3 for 0 images"),
+        ({"question": "<|image_pad|>?", "answer": "2"}, "token of their own"),
+        ({"question": "?", "answer": "2", "image": "https://example.org/" + "a" * 60 + ".png"}, "no image file"),
+        ({"question": "?", "answer": "2", "image": ["x.png", None]}, "no image"),
+    ],
+)
+def test_reasons(tmp_path, row, reason):
+    path = write_jsonl(tmp_path, [row, {"question": "1 + 1?", "answer": "2"}])
+    with pytest.raises(SystemExit, match=f"1 of 2 rows cannot be used: row 0: .*{reason}"):
+        load_examples(path)
+
+
+def test_an_image_that_is_found_broken_only_when_drawn(tmp_path, capsys):
+    """Another row stands in, always the same, and the run goes on; too many of them stop it."""
+    whole = bytearray(png(picture(64, 64, 0)))
+    whole[len(whole) // 2] ^= 255  # in the middle of the pixels: the file's ends look sound
+    (tmp_path / "damaged.png").write_bytes(whole)
+    rows = [{"image": None, "question": f"{i}?", "answer": str(i)} for i in range(200)]
+    rows[7]["image"] = "damaged.png"
+    examples = load_examples(write_jsonl(tmp_path, rows))
+    assert capsys.readouterr().out == ""
+    assert examples[7].answer == examples[7].answer == "8" and len(examples) == 200
+    assert capsys.readouterr().out.count("1 of 200 rows cannot be used: row 7: image") == 1
+    with pytest.raises(SystemExit, match="1 of 50 rows"):
+        load_examples(write_jsonl(tmp_path, rows), limit=50)[7]
 
 
 def test_what_cannot_be_loaded_says_so_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "bad.jsonl").write_text('{"question": 1}\n{oops\n')
-    with pytest.raises(SystemExit, match="line 2 is not JSON"):
+    with pytest.raises(SystemExit, match="line 2 is not a JSON object"):
         load_examples(str(tmp_path / "bad.jsonl"))
-    with pytest.raises(SystemExit, match="no such file or folder"):
+    (tmp_path / "bad.jsonl").write_bytes(b'{"question": "\xe9", "answer": "2"}')
+    with pytest.raises(SystemExit, match="line 1 is not a JSON object: 'utf-8' codec"):
+        load_examples(str(tmp_path / "bad.jsonl"))
+    (tmp_path / "bad.jsonl").write_text("\n")
+    with pytest.raises(SystemExit, match="no rows"):
+        load_examples(str(tmp_path / "bad.jsonl"))
+    (tmp_path / "bad.parquet").write_text("?")
+    with pytest.raises(SystemExit, match="split 'train' cannot be loaded") as error:
+        load_examples(str(tmp_path / "bad.parquet"))
+    assert "hf download" not in str(error.value), "a file is not a hub id"
+    with pytest.raises(SystemExit, match=r"nowhere.jsonl: no such .jsonl or .parquet file or folder, nor a hub id"):
         load_examples("nowhere.jsonl")
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(SystemExit, match="hf download hiyouga/geometry3k --repo-type dataset") as error:
-        load_examples("hiyouga/geometry3k")
+    with pytest.raises(SystemExit, match="--kind sum: choose one of int"):
+        load_examples("puzzles", kind="sum")
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_without_a_network_a_hub_set_says_what_to_download(monkeypatch, offline):
+    """Whether the user has said so or the attempt to reach the hub shows it."""
+
+    def unreachable(*args, **kwargs):
+        assert not offline
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    command = "hf download owner/set --repo-type dataset --local-dir DIR` and pass --data DIR@small"
+    with pytest.raises(SystemExit, match=command) as error:
+        load_examples("owner/set@small")
     assert "\n" not in str(error.value)
 
 
@@ -128,6 +259,17 @@ def test_transparency_is_white():
     assert to_rgb(palette).getpixel((0, 0)) == (255, 255, 255)
 
 
+def test_16_bits_keep_their_brightness():
+    dark = Image.fromarray(np.full((2, 2), 6554, dtype=np.uint16))  # a tenth of white
+    assert open_image(png(dark), None).getpixel((0, 0)) == (25, 25, 25)
+
+
+def test_broken_exif_data_does_not_matter():
+    image = picture(8, 8, 0)
+    image.info["exif"] = b"Exif\0\0nonsense"
+    assert to_rgb(image).size == (8, 8)
+
+
 def test_pictures_are_turned_upright_and_animations_stand_still():
     exif = Image.Exif()
     exif[0x0112] = 6  # lying on its side
@@ -141,29 +283,58 @@ def test_pictures_are_turned_upright_and_animations_stand_still():
 def test_images_in_every_form_that_sets_hold_them(tmp_path):
     image, data = picture(12, 8, 0), png(picture(12, 8, 0))
     image.save(tmp_path / "x.png")
+    (tmp_path / ("a" * 80)).write_bytes(data)
     text = base64.b64encode(data).decode()
-    stored = [image, data, {"bytes": data, "path": None}, {"bytes": None, "path": str(tmp_path / "x.png")}, "x.png"]
+    dicts = [{"bytes": data, "path": None}, {"bytes": None, "path": str(tmp_path / "x.png")}]
+    stored = [image, data, *dicts, "x.png", "a" * 80]
     for item in [*stored, text, "data:image/png;base64," + text]:
         assert np.array_equal(np.asarray(open_image(item, tmp_path)), np.asarray(image))
+    black = base64.b64encode(png(Image.new("RGB", (10, 8)), format="BMP")).decode()
+    assert 255 < len(black) < 1024 and "/" not in black, "longer than a file's name can be"
+    assert open_image(black, tmp_path).size == (10, 8)
 
 
 @pytest.mark.parametrize(
     "item, message",
     [
-        (png(picture(64, 64, 0))[:-3000], "."),
+        (png(picture(64, 64, 0))[:-3000], "truncated"),
+        (b"no picture", "not in a known format"),
         (png(Image.new("RGB", (1, 300))), "200 times as long"),
-        (png(Image.new("1", (20_000, 10_000))), "pixels"),
+        (png(Image.new("1", (11_000, 10_000))), "more than 100,000,000"),
+        (png(Image.new("1", (20_000, 10_000))), "decompression bomb"),
         (7, "type int"),
         ("", "type str"),
     ],
 )
 def test_pictures_that_cannot_be_used(item, message):
-    with pytest.raises((ValueError, OSError, Image.DecompressionBombError), match=message):
-        open_image(item, None)
+    for pixels in (True, False):  # when it is drawn, and already when the set is loaded
+        with pytest.raises(ValueError, match=message):
+            open_image(item, None, pixels)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM"])
+def test_truncated_files_are_found_when_a_set_is_loaded(tmp_path, form):
+    data = png(picture(64, 64, 0), format=form)
+    for length, usable in ((len(data), True), (len(data) // 2, False), (20, False)):
+        (tmp_path / "x").write_bytes(data[:length])
+        with contextlib.nullcontext() if usable else pytest.raises(ValueError, match="image 'x': "):
+            assert open_image("x", tmp_path, pixels=False).size == (64, 64)
+        with contextlib.nullcontext() if usable else pytest.raises(ValueError, match="image: "):
+            assert open_image(data[:length], None, pixels=False).size == (64, 64)
 
 
 def test_one_pixel_is_a_picture():
     assert open_image(png(Image.new("L", (1, 1))), None).size == (1, 1)
+
+
+def test_each_marker_gets_its_picture():
+    assert place_images("?", ("a", "b")) == ("<image><image>?", ("a", "b"))
+    assert place_images("<image 2> or <image1>?", ("a", "b")) == ("<image> or <image>?", ("b", "a"))
+    assert place_images("In <image 2>?", ("a", "b", "c")) == ("<image><image>In <image>?", ("a", "c", "b"))
+    assert place_images("<image 1>, again <image 1>?", ("a",)) == ("<image>, again <image>?", ("a", "a"))
+    for question in ("<image><image>?", "<image 2>?", "<image 0>?", "<image> or <image 1>?"):
+        with pytest.raises(ValueError, match="for 1 images"):
+            place_images(question, ("a",))
 
 
 def test_messages():
@@ -174,6 +345,9 @@ def test_messages():
     assert check_template(r"Q: {question}\n") == "Q: {question}\n"
     with pytest.raises(SystemExit, match=r"must contain \{question\}"):
         check_template("Answer!")
+    with pytest.raises(SystemExit, match="and not <image>"):
+        build_messages(example, "<image>{question}")
+    assert build_messages(Example((), "{request}?", "1"), "{question}")[0]["content"][0]["text"] == "{request}?"
 
 
 def test_batches_walk_through_every_example_once_an_epoch():

@@ -1,13 +1,17 @@
 """Evaluation: figures, intervals, tables, and the built-in model answering built-in puzzles."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
-from scipy.stats import binomtest
+import torch
+from scipy.stats import binomtest, norm
 
-from common.data import load_examples
+import common.evaluate
+from common.data import Example, load_examples
 from common.evaluate import Args, evaluate, interval, main, newest_checkpoint, summarize, table, usual_length
 from common.model import load_policy
+from tests.small_models import picture, small_folder, small_policy
 
 
 def row(group: str, *correct: float) -> dict:
@@ -27,6 +31,11 @@ def test_several_samples_of_an_example_count_as_one_observation():
     result = summarize(rows)
     assert result["accuracy"] == 0.5 and result["count"] == 100
     assert result["ci_high"] - result["ci_low"] == pytest.approx(2 * 1.96 * 0.5 / 99**0.5, rel=1e-3)
+    means = [0.25, 0.5, 1.0, 0.75, 0.0, 0.5]
+    deviation = torch.tensor(means, dtype=torch.float64).std() / 6**0.5
+    theirs = norm.interval(0.95, loc=0.5, scale=float(deviation))
+    assert interval(means, binary=False) == pytest.approx(theirs, abs=1e-6)
+    assert interval([1.0] * 5, binary=False) == interval([1.0] * 5, binary=True), "five right answers prove little"
 
 
 def test_groups_and_table():
@@ -36,7 +45,9 @@ def test_groups_and_table():
     header, before, after = text.splitlines()
     assert header.split() == ["model", "accuracy", "95", "%", "interval", "bars", "sum", "tokens", "cut", "off"]
     assert before.split() == ["before", "66.7", "20.8", "-", "93.9", "100.0", "50.0", "10.0", "0.0"]
-    assert after.startswith("after   100.0")
+    assert after.startswith("after      100.0")
+    assert len({len(line) for line in (header, before, after)}) == 1, "numbers stand right-aligned"
+    assert summarize([row("", 1)])["groups"] == {}, "a set without groups has no table of them"
 
 
 def test_newest_complete_checkpoint_of_a_run(tmp_path):
@@ -50,13 +61,149 @@ def test_newest_complete_checkpoint_of_a_run(tmp_path):
         (tmp_path / "checkpoints" / f"step-{step:06d}" / "complete").write_text("{}")
     newest = newest_checkpoint(str(tmp_path))
     assert newest.endswith("step-000002") and usual_length(newest) == 33
+    for step in (999_999, 1_000_000):
+        (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir()
+        (tmp_path / "checkpoints" / f"step-{step:06d}" / "complete").write_text("{}")
+    assert newest_checkpoint(str(tmp_path)).endswith("step-1000000")
+    with pytest.raises(SystemExit, match="runs/gone: no such run folder"):
+        newest_checkpoint("runs/gone")
+
+
+class Sheep:
+    """Stands in for a model: answers "3" to everything, a token a character, and notes which prompts came together."""
+
+    def __init__(self, monkeypatch):
+        self.batches = []
+        monkeypatch.setattr(common.evaluate, "encode_prompts", lambda policy, messages, images: images)
+        monkeypatch.setattr(common.evaluate, "sample", self.sample)
+        monkeypatch.setattr(
+            common.evaluate, "decode", lambda policy, rollout: ["<answer>3</answer>"] * len(rollout.ended)
+        )
+
+    def sample(self, policy, prompts, group_size, max_new_tokens, uniforms, temperature):
+        self.batches.append([image.width for (image,) in prompts])
+        rows = len(prompts) * group_size
+        assert uniforms is None or uniforms.shape == (rows, max_new_tokens)
+        mask = torch.ones(rows, 5, dtype=torch.bool)
+        return SimpleNamespace(completion_mask=mask, ended=torch.arange(rows) % group_size == 0)
+
+
+class Pictures(list):
+    @property
+    def sizes(self):
+        return [example.images[0].width for example in self]
+
+
+WIDTHS = (10, 40, 20, 30)
+EXAMPLES = Pictures(
+    Example(
+        (picture(w, 1, 0),), "<image>?", "3" if w < 25 else "4", "int", group="small" if w < 25 else "big", id=str(w)
+    )
+    for w in WIDTHS
+)
+
+
+def test_large_prompts_are_answered_first_and_rows_come_back_in_order(monkeypatch):
+    sheep = Sheep(monkeypatch)
+    result = evaluate(None, EXAMPLES, max_new_tokens=8, samples=2, temperature=1.0, batch_prompts=3)
+    assert sheep.batches == [[40, 30, 20], [10]]
+    assert [row["id"] for row in result["rows"]] == ["10", "40", "20", "30"]
+    assert result["rows"][0] == {
+        "number": 0,
+        "id": "10",
+        "group": "small",
+        "question": "<image>?",
+        "answer": "3",
+        "completions": ["<answer>3</answer>"] * 2,
+        "correct": [1.0, 1.0],
+        "lengths": [5, 5],
+        "truncated": [False, True],
+    }
+    assert (result["accuracy"], result["count"], result["mean_length"], result["truncated"]) == (0.5, 4, 5.0, 0.5)
+    assert result["groups"]["small"]["accuracy"] == 1.0 and result["groups"]["big"]["count"] == 2
+
+
+def test_processes_share_the_examples_out(monkeypatch):
+    Sheep(monkeypatch)
+    shares = []
+
+    def gather(rows):
+        shares.append(rows)
+        return [row for share in shares for row in share]
+
+    monkeypatch.setattr("accelerate.utils.gather_object", gather)
+    for rank in range(3):
+        accelerator = SimpleNamespace(num_processes=3, process_index=rank)
+        result = evaluate(None, EXAMPLES, max_new_tokens=8, accelerator=accelerator)
+    assert [len(share) for share in shares] == [2, 1, 1]
+    assert result == evaluate(None, EXAMPLES, max_new_tokens=8)
+
+
+def test_no_examples():
+    with pytest.raises(ValueError, match="no examples"):
+        evaluate(None, [], max_new_tokens=8)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (dict(split="dev"), "no split 'dev': choose one of train, "),
+        (dict(samples=0), "--samples 0: must be at least 1"),
+        (dict(limit=-1), "--limit -1: must be at least 0"),
+        (dict(batch_prompts=0), "--batch-prompts 0"),
+        (dict(samples=4), "--samples 4: greedy answers are all the same"),
+        (dict(out="/nowhere/x.json"), "--out /nowhere/x.json: not a file in a folder that exists"),
+        (dict(prompt_template="?"), "--prompt-template '\\?': must contain"),
+        (dict(model=("tiny", "runs/gone")), "--model runs/gone: no such run folder"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_model_is_loaded(monkeypatch, args, message):
+    monkeypatch.setattr(common.evaluate, "load_policy", lambda *args, **kwargs: pytest.fail("too late"))
+    with pytest.raises(SystemExit, match=message):
+        main(Args(**args))
+
+
+def test_several_models_in_one_table_and_one_file(tmp_path, capsys):
+    """Two random models of other families on a local data set; what the first got is on the disk before the next."""
+    picture(48, 32, 0).save(tmp_path / "a.png")
+    lines = [json.dumps({"image": "a.png", "question": f"{i} é?", "answer": str(i)}) for i in range(3)]
+    (tmp_path / "test.jsonl").write_text("\n".join(lines))
+    folders = (small_folder("qwen3_vl"), small_folder("qwen2_5_vl"))
+    out = tmp_path / "out.json"
+    args = Args(model=folders, data=str(tmp_path), out=str(out), max_completion_length=4, samples=2, temperature=1.0)
+    results = main(args)
+    kept = json.loads(out.read_text())
+    assert kept["models"] == results and list(results) == list(folders)
+    assert kept["args"]["samples"] == 2 and kept["models"][folders[0]]["checkpoint"] == folders[0]
+    assert [len(r["completions"]) for r in results[folders[1]]["rows"]] == [2, 2, 2]
+    title, header, *lines = capsys.readouterr().out.splitlines()[-4:]
+    assert title.endswith("split test, 3 examples, 2 samples each at temperature 1.0")
+    assert header.split()[0] == "model" and [line.split()[0] for line in lines] == list(folders)
+
+    out.unlink()
+    with pytest.raises(SystemExit, match="has neither config"):
+        main(Args(model=(folders[0], str(tmp_path)), data=str(tmp_path), out=str(out), max_completion_length=4))
+    assert list(json.loads(out.read_text())["models"]) == [folders[0]]
+
+
+def test_batches_change_nothing_on_pictures_of_several_sizes(tmp_path):
+    rows = []
+    for i, (width, height) in enumerate([(32, 32), (96, 64), (48, 80), (64, 64), (32, 96)]):
+        picture(width, height, i).save(tmp_path / f"{i}.png")
+        rows.append({"image": f"{i}.png", "question": "what? " * (i + 1), "answer": "1"})
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    policy, examples = small_policy(trainable=False), load_examples(str(tmp_path), "test")
+    assert examples.sizes == [1024, 6144, 3840, 4096, 3072]
+    whole, cut = (evaluate(policy, examples, max_new_tokens=6, batch_prompts=size) for size in (5, 2))
+    assert [r["completions"] for r in whole["rows"]] == [r["completions"] for r in cut["rows"]]
 
 
 def test_the_built_in_model_answers_puzzles(tmp_path):
     results = main(Args(limit=40, out=str(tmp_path / "out.json")))
     result = results["tiny"]
     assert result["count"] == 40 and 0.2 < result["accuracy"] < 0.95
-    assert json.loads((tmp_path / "out.json").read_text())["tiny"]["rows"][3]["completions"]
+    kept = json.loads((tmp_path / "out.json").read_text())["models"]["tiny"]
+    assert kept["rows"][3]["completions"] and set(kept["groups"]) == {row["group"] for row in kept["rows"]}
 
 
 def test_batches_and_order_change_nothing():
