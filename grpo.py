@@ -100,7 +100,7 @@ class Args:
     top_k: int = 0
     """sample from the k likeliest tokens only (0: all), with the same caution"""
     learning_rate: float = 0.0
-    """constant rate of AdamW (default: 2e-4 for the built-in model, else 1e-6)"""
+    """constant rate of AdamW (default: 3e-5 for the built-in model, else 1e-6)"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
     updates_per_rollout: int = 1
@@ -135,7 +135,7 @@ class Args:
     def __post_init__(self):
         tiny = self.model == "tiny"
         self.data = self.data or ("puzzles" if tiny else "hiyouga/geometry3k")
-        self.learning_rate = self.learning_rate or (2e-4 if tiny else 1e-6)
+        self.learning_rate = self.learning_rate or (3e-5 if tiny else 1e-6)
         self.max_completion_length = self.max_completion_length or (72 if tiny else 2048)
 
 
