@@ -435,7 +435,8 @@ def plot_learning_curve(folder: Path) -> None:
         file = folder / "evaluations" / f"{name}.json"
         if file.is_file():
             result = json.loads(file.read_text())
-            spread = [[result["accuracy"] - result["ci_low"]], [result["ci_high"] - result["accuracy"]]]
+            below, above = result["accuracy"] - result["ci_low"], result["ci_high"] - result["accuracy"]
+            spread = [[max(0.0, below)], [max(0.0, above)]]  # rounding can make an interval miss its own 0 or 1
             label = "test accuracy before, after (greedy)" if name == "before" else None
             axes[0].errorbar(place, result["accuracy"], yerr=spread, fmt="s", color="tab:green", capsize=3, label=label)
     low, high = axes[0].get_ylim()
