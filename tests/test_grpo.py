@@ -72,6 +72,15 @@ def test_equal_rewards_have_advantage_exactly_zero():
         assert (group_advantages(torch.full((8,), 0.761594), 8, scale, eps) == 0).all()
 
 
+def test_statistics_are_in_double_precision():
+    rewards = torch.tensor([0.761594, 0.761598, 0.761601, 0.761594])
+    exact = [float(r) for r in rewards]
+    mean = sum(exact) / 4
+    deviation = math.sqrt(sum((r - mean) ** 2 for r in exact) / 3)
+    expected = [(r - mean) / (deviation + 1e-8) for r in exact]
+    assert group_advantages(rewards, 4, "group", 1e-8).tolist() == pytest.approx(expected, abs=1e-5)
+
+
 def test_small_differences_between_wrong_answers_are_as_loud_as_the_document_says():
     rewards = torch.tensor([0.199267, 0.199524, 0.199901, 0.199011])
     for eps, expected in [(1e-4, [-0.330, 0.205, 0.990, -0.865]), (1e-6, [-0.416, 0.258, 1.248, -1.090])]:
@@ -138,6 +147,9 @@ def test_k3_of_each_token():
     d = torch.linspace(-30, 30, 64)
     k3 = k3_divergence(torch.zeros(64), d)
     assert k3.isfinite().all() and (k3 > 0).all() and k3_divergence(d, d).abs().max() == 0
+    assert k3_divergence(torch.zeros(1), torch.tensor([200.0])).isfinite().all(), (
+        "far from the reference, still a number"
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,6 +31,12 @@ def metrics(folder) -> list[dict]:
 
 def environment() -> dict:
     return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
 
 
 def assert_same_gradients(one: dict, other: dict, tolerance: float = 1e-4) -> None:
@@ -67,20 +74,11 @@ def test_groups_without_variance_may_be_skipped(tmp_path):
 
 def test_two_processes_train_as_one(plain, tmp_path):
     folder, alone = plain
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     command += ["tests/train_worker.py", "grpo", str(tmp_path / "seen.pt"), *QUICK, "--out", str(tmp_path / "run")]
-    subprocess.run(command, cwd=ROOT, env=environment(), check=True, timeout=300)
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True, timeout=90)
     together = torch.load(tmp_path / "seen.pt", weights_only=True)
+    assert (alone["processes"], together["processes"]) == (1, 2)
 
     assert_same_gradients(alone, together)
     for one, two in zip(metrics(folder), metrics(tmp_path / "run"), strict=True):

@@ -1,6 +1,6 @@
 """Runs a training script and writes what the optimizer saw, for tests that compare runs across processes.
 
-[accelerate launch --num-processes 2] tests/train_worker.py SCRIPT FILE.pt --flag value ...
+[torchrun --nproc_per_node 2] tests/train_worker.py SCRIPT FILE.pt --flag value ...
 """
 
 import importlib
@@ -33,6 +33,7 @@ def record(script: str, arguments: list[str]) -> dict:
 
     def restore_and_remember(self, policy, optimizer):
         self.policy_for_tests = list(policy.model.named_parameters())
+        seen["processes"] = self.accelerator.num_processes
         return restore(self, policy, optimizer)
 
     Run.check_gradients, Run.save, Run.restore = check_and_record, save_and_record, restore_and_remember
