@@ -66,9 +66,8 @@ class Scorer(torch.nn.Module):
         group_size = len(completion_ids) // len(prompts)
         with policy.autocast():
             prefix = forward_prompts(model, prompts, self.gradient_checkpointing)
-            prompt_of_row = torch.arange(len(completion_ids), device=policy.device) // group_size  # [R]
-            states = forward_completions(model, prefix, prompt_of_row, completion_ids, self.gradient_checkpointing)
-            last = prefix.states[prompt_of_row, -1:]  # [R, 1, H]
+            states = forward_completions(model, prefix, group_size, completion_ids, self.gradient_checkpointing)
+            last = prefix.states[:, -1:].repeat_interleave(group_size, dim=0)  # [R, 1, H]
             hidden = torch.cat([last, states[:, :-1]], dim=1)  # [R, T, H]
             logprobs, entropy = token_logprobs(
                 hidden,
@@ -131,23 +130,26 @@ def forward_prompts(model: torch.nn.Module, prompts: Prompts, recompute: bool = 
 
 
 def forward_completions(
-    model: torch.nn.Module, prefix: Prefix, prompt_of_row: torch.Tensor, completion_ids: torch.Tensor, recompute: bool
+    model: torch.nn.Module, prefix: Prefix, group_size: int, completion_ids: torch.Tensor, recompute: bool
 ) -> torch.Tensor:
-    """Last hidden states [R, T, H] of completions [R, T], each behind the prompt `prompt_of_row` [R] says."""
+    """Last hidden states [R, T, H] of completions [R, T], `group_size` rows behind each prompt."""
     text = model.model.language_model
     tokens, width = completion_ids.shape[1], prefix.attention_mask.shape[1]
     embeds = text.embed_tokens(completion_ids)  # [R, T, H]
     steps = torch.arange(tokens, device=embeds.device)
-    positions = prefix.next_positions[prompt_of_row, None] + steps  # [R, T]
+    positions = prefix.next_positions.repeat_interleave(group_size)[:, None] + steps  # [R, T]
     rotary = text.rotary_emb(embeds, positions.expand(3, -1, -1))
     mask = torch.cat([steps.new_ones(tokens, width, dtype=torch.bool), steps[:, None] >= steps], dim=-1)[None, None]
     if not bool(prefix.attention_mask.all()):
         padded = torch.nn.functional.pad(prefix.attention_mask, (0, tokens), value=True)  # [N, P + T]
-        mask = mask & padded[prompt_of_row, None, None]  # [R, 1, T, P + T]
+        mask = mask & padded.repeat_interleave(group_size, dim=0)[:, None, None]  # [R, 1, T, P + T]
 
     hidden = embeds
     for level, layer in enumerate(text.layers):
-        past = (prefix.keys[level][prompt_of_row], prefix.values[level][prompt_of_row])
+        past = (
+            prefix.keys[level].repeat_interleave(group_size, dim=0),
+            prefix.values[level].repeat_interleave(group_size, dim=0),
+        )
         hidden, _, _ = run_layer(layer, hidden, mask, rotary, past, recompute)
     return text.norm(hidden)
 

@@ -5,10 +5,13 @@ torchvision: the tokenizer and the PIL image processor are loaded by themselves 
 image's grid, which is all that the families' processors do for still pictures.
 """
 
+import ctypes
 import json
 import re
+import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -122,6 +125,11 @@ def load_policy(
         smallest = min(image_processor.size["shortest_edge"], max_pixels)
         image_processor.size = {"shortest_edge": smallest, "longest_edge": max_pixels}
 
+    embed = model.model.visual.patch_embed
+    embed.forward = partial(embed_patches, embed)
+    if device.type == "cpu":
+        keep_freed_memory()
+
     model.requires_grad_(trainable and not lora)
     if adapter:
         from peft import PeftModel
@@ -140,6 +148,23 @@ def load_policy(
     banned[len(tokenizer) :] = True
     banned[[i for i in tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)) if i is not None]] = True
     return Policy(model, tokenizer, image_processor, end_token_ids, banned.to(device))
+
+
+def embed_patches(embed: torch.nn.Module, patches: torch.Tensor) -> torch.Tensor:
+    """The vision tower's first layer as a matrix product. It is a convolution that moves by its own width, so that both
+    give the same [patches, H], but libraries' three-dimensional convolutions are several times slower, or far worse."""
+    weight = embed.proj.weight.flatten(1)
+    return torch.nn.functional.linear(patches.to(weight.dtype), weight, embed.proj.bias)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep the memory that tensors free, for the next ones, rather than give it back to the system:
+    fetching it again costs more than an elementwise operation on it. Without effect where it is not glibc's."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at the top that is given back
+        mallopt(-2, 2**26)  # M_TOP_PAD: fetched in pieces of 64 MiB
 
 
 def save_policy(policy: Policy, folder: str | Path) -> None:

@@ -8,6 +8,7 @@ The draws are a pure function of uniform numbers given per row and token, so a r
 rows stand beside it, in one process or several, in a first run or a resumed one.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,8 +61,6 @@ def sample(
     rows = len(prompts) * group_size
     ids = torch.full((rows, max_new_tokens), policy.tokenizer.pad_token_id, device=device)  # [R, T]
     logprobs = torch.zeros(rows, max_new_tokens, device=device)  # [R, T]
-    lengths = torch.full((rows,), max_new_tokens, device=device)  # [R]
-    ended = torch.zeros(rows, dtype=torch.bool, device=device)  # [R]
     ends = torch.tensor(policy.end_token_ids, device=device)
     uniforms = None if uniforms is None else uniforms.to(device)
 
@@ -69,7 +68,7 @@ def sample(
     model.eval()
     with torch.inference_mode(), policy.autocast():
         prefix = forward_prompts(model, prompts)
-        cache = DecodeCache(prefix, group_size, max_new_tokens)
+        decoder = Decoder(model, prefix, group_size, max_new_tokens)
         active = torch.arange(rows, device=device)  # [A] the rows still decoded
         hidden = prefix.states[:, -1].repeat_interleave(group_size, dim=0)  # [A, H]
         head = model.get_output_embeddings().weight
@@ -79,26 +78,26 @@ def sample(
             tokens, token_logprobs = draw_tokens(logits, draw, policy.banned, temperature, top_p, top_k)
             ids[active, t] = tokens
             logprobs[active, t] = token_logprobs
-            just_ended = torch.isin(tokens, ends) & ~ended[active]
-            lengths[active] = torch.where(just_ended, t + 1, lengths[active])
-            ended[active] |= just_ended
             if t + 1 == max_new_tokens:
                 break
             if t % DROP_EVERY == DROP_EVERY - 1:
-                keep = (~ended[active]).nonzero()[:, 0]
+                keep = (~torch.isin(ids[active, : t + 1], ends).any(1)).nonzero()[:, 0]
                 if len(keep) == 0:
                     break
                 if len(keep) <= DROP_BELOW * len(active):
                     active, tokens = active[keep], tokens[keep]
-                    cache.keep(keep)
-            hidden = cache.step(model, tokens)
+                    decoder.keep(keep)
+            hidden = decoder.step(tokens)
     model.train(was_training)
 
-    # Outside of inference mode, so that these are tensors which a loss may keep.
+    # A completion goes up to its first end token; what was drawn behind it before the row was dropped is forgotten.
+    is_end = torch.isin(ids, ends)
+    ended = is_end.any(1)
+    lengths = torch.where(ended, is_end.int().argmax(1) + 1, max_new_tokens)  # [R]
     longest = int(lengths.max())
     mask = torch.arange(longest, device=device) < lengths[:, None]  # [R, T]
     ids = ids[:, :longest].masked_fill(~mask, policy.tokenizer.pad_token_id)
-    return Rollout(ids, mask, logprobs[:, :longest] * mask, ended.clone())
+    return Rollout(ids, mask, logprobs[:, :longest] * mask, ended)
 
 
 def draw_tokens(
@@ -134,49 +133,116 @@ def draw_tokens(
     return tokens, whole.gather(-1, tokens[:, None])[:, 0].log()
 
 
-class DecodeCache:
-    """Keys and values of prompts and completions, written in place, a token at a time."""
+class Decoder:
+    """The language model, laid out for one token a row at a time behind forwarded prompts.
 
-    def __init__(self, prefix: Prefix, group_size: int, max_new_tokens: int):
-        prompts, heads, self.length, size = prefix.keys[0].shape
-        shape = (prompts * group_size, heads, self.length + max_new_tokens, size)
-        self.keys, self.values = [], []
-        for store, source in ((self.keys, prefix.keys), (self.values, prefix.values)):
-            for layer in source:
-                buffer = layer.new_empty(shape)
-                buffer[:, :, : self.length] = layer.repeat_interleave(group_size, dim=0)
-                store.append(buffer)
+    The weights are the model's, the operations fewer and larger: queries, keys and values come from one matrix product,
+    gate and up from another, the rotary tables are computed once, and the query heads that share a key head stand where
+    attention expects query positions, so that no key is repeated. Keys and values are written in place.
+    """
+
+    def __init__(self, model: torch.nn.Module, prefix: Prefix, group_size: int, max_new_tokens: int):
+        self.text = model.model.language_model
+        self.projections = [
+            (fused(a.q_proj, a.k_proj, a.v_proj), fused(m.gate_proj, m.up_proj))
+            for a, m in ((layer.self_attn, layer.mlp) for layer in self.text.layers)
+        ]
+        prompts, _, self.length, size = prefix.keys[0].shape
+        heads = self.text.config.num_attention_heads // self.text.config.num_key_value_heads
+        self.caches = []  # a layer: [2, A, key heads, P + T, D], keys and values
+        for keys, values in zip(prefix.keys, prefix.values, strict=True):
+            # Under autocast keys may come in float32, but attention computes in the values' precision.
+            both = torch.stack([keys.to(values.dtype), values])
+            cache = both.new_empty(2, prompts * group_size, both.shape[2], self.length + max_new_tokens, size)
+            cache[..., : self.length, :] = both.repeat_interleave(group_size, dim=1)
+            self.caches.append(cache)
         self.positions = prefix.next_positions.repeat_interleave(group_size)  # [A] of the next token
+        every = torch.arange(int(self.positions.max()) + max_new_tokens, device=self.positions.device)
+        # Text has the same position on all three axes, so that their interleaving does not matter here.
+        cos, sin = self.text.rotary_emb(torch.zeros(1, device=every.device), every.expand(3, 1, -1))
+        self.cos = cos.reshape(-1, len(every), size)[0]  # [positions, D]
+        sin = sin.reshape(-1, len(every), size)[0]
+        # Rotating halves, (-x2, x1), is a roll by half with the first half's sign turned.
+        self.sin = torch.cat([-sin[:, : size // 2], sin[:, size // 2 :]], dim=-1)
+        self.norms = [head_norm(layer.self_attn, heads) for layer in self.text.layers]
         padded = not bool(prefix.attention_mask.all())
         self.prompt_mask = prefix.attention_mask.repeat_interleave(group_size, dim=0) if padded else None  # [A, P]
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a decoder layer calls: store its new keys and values [A, heads, 1, D], return all so far."""
-        self.keys[layer][:, :, self.length - 1 : self.length] = keys
-        self.values[layer][:, :, self.length - 1 : self.length] = values
-        return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
-
-    def step(self, model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Feed one token a row [A]; returns the hidden states [A, H] that predict the next."""
-        text = model.model.language_model
-        hidden = text.embed_tokens(tokens[:, None])  # [A, 1, H]
-        rotary = text.rotary_emb(hidden, self.positions[None, :, None].expand(3, -1, -1))
-        self.length += 1
+        hidden = self.text.embed_tokens(tokens)  # [A, H]
+        cos, sin = self.cos[self.positions, None], self.sin[self.positions, None]  # [A, 1, D]
         self.positions = self.positions + 1
+        at, self.length = self.length, self.length + 1
         mask = None
         if self.prompt_mask is not None:
             mask = torch.nn.functional.pad(self.prompt_mask, (0, self.length - self.prompt_mask.shape[1]), value=True)
             mask = mask[:, None, None]  # [A, 1, 1, P + t]
-        for layer in text.layers:
-            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=self)
-        return text.norm(hidden)[:, 0]
+        for layer, cache, norm, (qkv, gate_up) in zip(
+            self.text.layers, self.caches, self.norms, self.projections, strict=True
+        ):
+            rows, key_heads, size = cache.shape[1], cache.shape[2], cache.shape[4]
+            heads = qkv(rms_norm(hidden, layer.input_layernorm)).view(rows, -1, size)  # [A, heads + 2 key heads, D]
+            turned = norm(heads[:, :-key_heads])
+            turned = torch.addcmul(turned * cos, turned.roll(size // 2, -1), sin)
+            cache[0, :, :, at] = turned[:, -key_heads:]
+            cache[1, :, :, at] = heads[:, -key_heads:]
+            queries = turned[:, :-key_heads].reshape(rows, key_heads, -1, size).to(cache.dtype)
+            keys, values = cache[:, :, :, : self.length]
+            attended = attend(queries, keys, values, mask, layer.self_attn.scaling)
+            hidden = hidden + layer.self_attn.o_proj(attended.reshape(rows, -1))
+            gate, up = gate_up(rms_norm(hidden, layer.post_attention_layernorm)).chunk(2, dim=-1)
+            hidden = hidden + layer.mlp.down_proj(layer.mlp.act_fn(gate) * up)
+        return rms_norm(hidden, self.text.norm)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Keep only `rows` [A'] of the rows in flight."""
-        self.keys = [layer[rows] for layer in self.keys]
-        self.values = [layer[rows] for layer in self.values]
+        self.caches = [cache[:, rows] for cache in self.caches]
         self.positions = self.positions[rows]
         self.prompt_mask = None if self.prompt_mask is None else self.prompt_mask[rows]
+
+
+def fused(*linears: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Several linear maps of the same input as one, their outputs side by side; adapters stay by themselves."""
+    if not all(type(linear) is torch.nn.Linear for linear in linears):
+        return lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
+    weight = torch.cat([linear.weight for linear in linears])
+    if torch.is_autocast_enabled(weight.device.type):
+        weight = weight.to(torch.get_autocast_dtype(weight.device.type))
+    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+    return lambda x: torch.nn.functional.linear(x, weight, bias)
+
+
+def attend(queries, keys, values, mask, scale: float) -> torch.Tensor:
+    """Attention of queries [A, h, Q, D] over keys and values [A, h, L, D]; `mask` [A, 1, 1, L] bool or None."""
+    if queries.device.type != "cpu":  # keeps the scores in float32, whatever the inputs
+        return torch.nn.functional.scaled_dot_product_attention(queries, keys, values, mask, scale=scale)
+    # Few queries over many keys: plain products take half the time of the CPU's fused kernel.
+    scores = queries @ keys.mT * scale  # [A, h, Q, L]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ values
+
+
+def rms_norm(x: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+def head_norm(attention: torch.nn.Module, heads: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Qwen3's norm of each query and key head [A, heads + key heads, D], queries first; the other families have none.
+
+    `heads` is the number of query heads that share a key head.
+    """
+    if not hasattr(attention, "q_norm"):
+        return lambda x: x
+    q, k = attention.q_norm, attention.k_norm
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        key_heads = x.shape[1] // (heads + 1)
+        weight = torch.cat([q.weight.expand(heads * key_heads, -1), k.weight.expand(key_heads, -1)])
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], None, q.variance_epsilon) * weight
+
+    return norm
 
 
 def decode(policy: Policy, rollout: Rollout) -> list[str]:
