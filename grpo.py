@@ -234,7 +234,7 @@ def main(args: Args) -> dict:
     test = load_examples(args.data, args.test_split, limit=args.test_examples, **columns) if args.test_examples else []
     policy = load_policy(args.model, device=device, lora_rank=args.lora_rank, max_pixels=args.max_pixels)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     scorer = Scorer(policy, gradient_checkpointing=device.type == "cuda")
     ddp_scorer = accelerator.prepare(scorer) if processes > 1 else scorer
     reference = None

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from common.layers import attention, decoder_layer, rms_norm, rotary_tables
 from common.model import Policy, Prompts
 
 # Logits of this many entries may exist at a time (float32: 256 MiB).
@@ -80,22 +81,6 @@ class Scorer(torch.nn.Module):
         return Scores(logprobs, entropy, hidden, states, prefix.states)
 
 
-class LayerCache:
-    """What one decoder layer takes for its cache: puts `past` keys and values in front, and remembers the new ones.
-
-    It stores nothing that a second, recomputing call would see, so the layer may be checkpointed.
-    """
-
-    def __init__(self, past: tuple[torch.Tensor, torch.Tensor] | None = None):
-        self.past = past
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_) -> tuple[torch.Tensor, torch.Tensor]:
-        self.new = (keys, values)
-        if self.past is None:
-            return self.new
-        return torch.cat([self.past[0], keys], dim=2), torch.cat([self.past[1], values], dim=2)
-
-
 def forward_prompts(model: torch.nn.Module, prompts: Prompts, recompute: bool = False) -> Prefix:
     """Run the vision tower and the prompts through the model; `recompute` drops activations until the backward pass."""
     inner, text = model.model, model.model.language_model
@@ -108,17 +93,17 @@ def forward_prompts(model: torch.nn.Module, prompts: Prompts, recompute: bool = 
         # Qwen3-VL also adds features of earlier vision layers to its first text layers.
         deepstack = [torch.cat(level) for level in getattr(features, "deepstack_features", None) or []]
 
-    mask = None  # without padding SDPA applies the causal mask itself
+    width = prompts.input_ids.shape[1]
+    causal = torch.ones(width, width, dtype=torch.bool, device=embeds.device).tril()
+    mask = causal[None, None]
     if not bool(prompts.attention_mask.all()):
-        width = prompts.input_ids.shape[1]
-        causal = torch.ones(width, width, dtype=torch.bool, device=embeds.device).tril()
         # A padded query sees itself: a row of a softmax may not be empty.
         mask = causal & prompts.attention_mask[:, None, None] | torch.eye(width, dtype=torch.bool, device=embeds.device)
-    rotary = text.rotary_emb(embeds, prompts.position_ids)
+    rotary = rotary_tables(text, prompts.position_ids)
 
     keys, values, hidden = [], [], embeds
     for level, layer in enumerate(text.layers):
-        hidden, new_keys, new_values = run_layer(layer, hidden, mask, rotary, None, recompute)
+        hidden, new_keys, new_values = run_layer(layer, hidden, mask, rotary, (), recompute)
         keys.append(new_keys)
         values.append(new_values)
         if level < len(deepstack):
@@ -126,7 +111,7 @@ def forward_prompts(model: torch.nn.Module, prompts: Prompts, recompute: bool = 
                 image_tokens[..., None], (hidden[image_tokens] + deepstack[level]).to(hidden.dtype)
             )
     next_positions = prompts.position_ids.amax(dim=(0, 2)) + 1  # [N]
-    return Prefix(keys, values, text.norm(hidden), prompts.attention_mask, next_positions)
+    return Prefix(keys, values, rms_norm(hidden, text.norm), prompts.attention_mask, next_positions)
 
 
 def forward_completions(
@@ -138,7 +123,7 @@ def forward_completions(
     embeds = text.embed_tokens(completion_ids)  # [R, T, H]
     steps = torch.arange(tokens, device=embeds.device)
     positions = prefix.next_positions.repeat_interleave(group_size)[:, None] + steps  # [R, T]
-    rotary = text.rotary_emb(embeds, positions.expand(3, -1, -1))
+    rotary = rotary_tables(text, positions.expand(3, -1, -1))
     mask = torch.cat([steps.new_ones(tokens, width, dtype=torch.bool), steps[:, None] >= steps], dim=-1)[None, None]
     if not bool(prefix.attention_mask.all()):
         padded = torch.nn.functional.pad(prefix.attention_mask, (0, tokens), value=True)  # [N, P + T]
@@ -151,20 +136,26 @@ def forward_completions(
             prefix.values[level].repeat_interleave(group_size, dim=0),
         )
         hidden, _, _ = run_layer(layer, hidden, mask, rotary, past, recompute)
-    return text.norm(hidden)
+    return rms_norm(hidden, text.norm)
 
 
 def run_layer(layer, hidden, mask, rotary, past, recompute: bool):
-    """One decoder layer: its output, new keys and new values. transformers' own checkpointing would drop the cache."""
+    """One decoder layer: its output, new keys and new values; `past` holds the keys and values to put in front."""
 
     def step(hidden, *past):
-        cache = LayerCache(past or None)
-        output = layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
-        return output, *cache.new
+        new = []
+
+        def attend(q, k, v):
+            new.extend((k, v))
+            if past:
+                k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+            return attention(q, k, v, mask, layer.self_attn.scaling)
+
+        return decoder_layer(layer, hidden, rotary, attend), *new
 
     if recompute and torch.is_grad_enabled():
-        return checkpoint(step, hidden, *(past or ()), use_reentrant=False)
-    return step(hidden, *(past or ()))
+        return checkpoint(step, hidden, *past, use_reentrant=False)
+    return step(hidden, *past)
 
 
 def token_logprobs(

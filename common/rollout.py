@@ -8,13 +8,13 @@ The draws are a pure function of uniform numbers given per row and token, so a r
 rows stand beside it, in one process or several, in a first run or a resumed one.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from common.forward import Prefix, forward_prompts
+from common.layers import attention, decoder_layer, fused, rms_norm, rotary_tables
 from common.model import Policy, Prompts
 
 # Ended rows are looked for every so many tokens, which costs a wait for the device, and are dropped when a quarter of
@@ -137,112 +137,54 @@ class Decoder:
     """The language model, laid out for one token a row at a time behind forwarded prompts.
 
     The weights are the model's, the operations fewer and larger: queries, keys and values come from one matrix product,
-    gate and up from another, the rotary tables are computed once, and the query heads that share a key head stand where
-    attention expects query positions, so that no key is repeated. Keys and values are written in place.
+    gate and up from another, and the rotary tables are computed once. Keys and values are written in place.
     """
 
     def __init__(self, model: torch.nn.Module, prefix: Prefix, group_size: int, max_new_tokens: int):
         self.text = model.model.language_model
-        self.projections = [
-            (fused(a.q_proj, a.k_proj, a.v_proj), fused(m.gate_proj, m.up_proj))
-            for a, m in ((layer.self_attn, layer.mlp) for layer in self.text.layers)
-        ]
-        prompts, _, self.length, size = prefix.keys[0].shape
-        heads = self.text.config.num_attention_heads // self.text.config.num_key_value_heads
+        self.projections = []
+        for layer in self.text.layers:
+            a, m = layer.self_attn, layer.mlp
+            self.projections.append((fused(a.q_proj, a.k_proj, a.v_proj), fused(m.gate_proj, m.up_proj)))
         self.caches = []  # a layer: [2, A, key heads, P + T, D], keys and values
         for keys, values in zip(prefix.keys, prefix.values, strict=True):
             # Under autocast keys may come in float32, but attention computes in the values' precision.
             both = torch.stack([keys.to(values.dtype), values])
-            cache = both.new_empty(2, prompts * group_size, both.shape[2], self.length + max_new_tokens, size)
+            _, prompts, heads, self.length, size = both.shape
+            cache = both.new_empty(2, prompts * group_size, heads, self.length + max_new_tokens, size)
             cache[..., : self.length, :] = both.repeat_interleave(group_size, dim=1)
             self.caches.append(cache)
         self.positions = prefix.next_positions.repeat_interleave(group_size)  # [A] of the next token
         every = torch.arange(int(self.positions.max()) + max_new_tokens, device=self.positions.device)
-        # Text has the same position on all three axes, so that their interleaving does not matter here.
-        cos, sin = self.text.rotary_emb(torch.zeros(1, device=every.device), every.expand(3, 1, -1))
-        self.cos = cos.reshape(-1, len(every), size)[0]  # [positions, D]
-        sin = sin.reshape(-1, len(every), size)[0]
-        # Rotating halves, (-x2, x1), is a roll by half with the first half's sign turned.
-        self.sin = torch.cat([-sin[:, : size // 2], sin[:, size // 2 :]], dim=-1)
-        self.norms = [head_norm(layer.self_attn, heads) for layer in self.text.layers]
+        self.rotary = [table[0, :, None] for table in rotary_tables(self.text, every.expand(3, 1, -1))]  # [S, 1, D]
         padded = not bool(prefix.attention_mask.all())
         self.prompt_mask = prefix.attention_mask.repeat_interleave(group_size, dim=0) if padded else None  # [A, P]
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Feed one token a row [A]; returns the hidden states [A, H] that predict the next."""
-        hidden = self.text.embed_tokens(tokens)  # [A, H]
-        cos, sin = self.cos[self.positions, None], self.sin[self.positions, None]  # [A, 1, D]
+        hidden = self.text.embed_tokens(tokens[:, None])  # [A, 1, H]
+        rotary = [table[self.positions] for table in self.rotary]  # [A, 1, D] twice
         self.positions = self.positions + 1
         at, self.length = self.length, self.length + 1
         mask = None
         if self.prompt_mask is not None:
             mask = torch.nn.functional.pad(self.prompt_mask, (0, self.length - self.prompt_mask.shape[1]), value=True)
             mask = mask[:, None, None]  # [A, 1, 1, P + t]
-        for layer, cache, norm, (qkv, gate_up) in zip(
-            self.text.layers, self.caches, self.norms, self.projections, strict=True
-        ):
-            rows, key_heads, size = cache.shape[1], cache.shape[2], cache.shape[4]
-            heads = qkv(rms_norm(hidden, layer.input_layernorm)).view(rows, -1, size)  # [A, heads + 2 key heads, D]
-            turned = norm(heads[:, :-key_heads])
-            turned = torch.addcmul(turned * cos, turned.roll(size // 2, -1), sin)
-            cache[0, :, :, at] = turned[:, -key_heads:]
-            cache[1, :, :, at] = heads[:, -key_heads:]
-            queries = turned[:, :-key_heads].reshape(rows, key_heads, -1, size).to(cache.dtype)
-            keys, values = cache[:, :, :, : self.length]
-            attended = attend(queries, keys, values, mask, layer.self_attn.scaling)
-            hidden = hidden + layer.self_attn.o_proj(attended.reshape(rows, -1))
-            gate, up = gate_up(rms_norm(hidden, layer.post_attention_layernorm)).chunk(2, dim=-1)
-            hidden = hidden + layer.mlp.down_proj(layer.mlp.act_fn(gate) * up)
-        return rms_norm(hidden, self.text.norm)
+        for layer, cache, projections in zip(self.text.layers, self.caches, self.projections, strict=True):
+
+            def attend(q, k, v, layer=layer, cache=cache):
+                cache[0, :, :, at], cache[1, :, :, at] = k[:, :, 0], v[:, :, 0]
+                keys, values = cache[:, :, :, : self.length]
+                return attention(q, keys, values, mask, layer.self_attn.scaling)
+
+            hidden = decoder_layer(layer, hidden, rotary, attend, *projections)
+        return rms_norm(hidden, self.text.norm)[:, 0]
 
     def keep(self, rows: torch.Tensor) -> None:
         """Keep only `rows` [A'] of the rows in flight."""
         self.caches = [cache[:, rows] for cache in self.caches]
         self.positions = self.positions[rows]
         self.prompt_mask = None if self.prompt_mask is None else self.prompt_mask[rows]
-
-
-def fused(*linears: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Several linear maps of the same input as one, their outputs side by side; adapters stay by themselves."""
-    if not all(type(linear) is torch.nn.Linear for linear in linears):
-        return lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
-    weight = torch.cat([linear.weight for linear in linears])
-    if torch.is_autocast_enabled(weight.device.type):
-        weight = weight.to(torch.get_autocast_dtype(weight.device.type))
-    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
-    return lambda x: torch.nn.functional.linear(x, weight, bias)
-
-
-def attend(queries, keys, values, mask, scale: float) -> torch.Tensor:
-    """Attention of queries [A, h, Q, D] over keys and values [A, h, L, D]; `mask` [A, 1, 1, L] bool or None."""
-    if queries.device.type != "cpu":  # keeps the scores in float32, whatever the inputs
-        return torch.nn.functional.scaled_dot_product_attention(queries, keys, values, mask, scale=scale)
-    # Few queries over many keys: plain products take half the time of the CPU's fused kernel.
-    scores = queries @ keys.mT * scale  # [A, h, Q, L]
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1) @ values
-
-
-def rms_norm(x: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
-    return torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
-
-
-def head_norm(attention: torch.nn.Module, heads: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Qwen3's norm of each query and key head [A, heads + key heads, D], queries first; the other families have none.
-
-    `heads` is the number of query heads that share a key head.
-    """
-    if not hasattr(attention, "q_norm"):
-        return lambda x: x
-    q, k = attention.q_norm, attention.k_norm
-
-    def norm(x: torch.Tensor) -> torch.Tensor:
-        key_heads = x.shape[1] // (heads + 1)
-        weight = torch.cat([q.weight.expand(heads * key_heads, -1), k.weight.expand(key_heads, -1)])
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], None, q.variance_epsilon) * weight
-
-    return norm
 
 
 def decode(policy: Policy, rollout: Rollout) -> list[str]:

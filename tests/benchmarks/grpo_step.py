@@ -48,7 +48,7 @@ def main(options: Options) -> float:
         torch.set_num_threads(options.threads)
     policy = load_policy(options.model, device=device)
     policy.end_token_ids = [-1]  # no token ends a completion, so that each has its full length
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-6, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
     scorer = Scorer(policy, gradient_checkpointing=options.cuda)
     args, rows = Args(), options.prompts * options.group
     messages = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": options.question}]}]]

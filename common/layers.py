@@ -1,0 +1,121 @@
+"""One decoder layer of the Qwen2-VL, Qwen2.5-VL and Qwen3-VL families, as plain functions on the model's own modules.
+
+The same arithmetic as transformers' layer, with what training needs of it in reach: the keys and values of a prompt can
+be put in front, activations can be recomputed, and the operations are few. Adapters on the projections stay in effect.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+# Up to this many attention scores (float32: 32 MiB) plain matrix products beat the CPU's fused kernel; above, memory.
+PLAIN_SCORES = 2**23
+
+Linear = Callable[[torch.Tensor], torch.Tensor]
+
+
+def decoder_layer(
+    layer: torch.nn.Module,
+    hidden: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    qkv: Linear | None = None,
+    gate_up: Linear | None = None,
+) -> torch.Tensor:
+    """The layer's output [B, T, H] for hidden states [B, T, H].
+
+    `rotary` holds cosines and signed sines [B, T, D]; `attend` takes rotated queries [B, heads, T, D], keys and values
+    [B, key heads, T, D], and returns what the queries gather, [B, heads, T, D]. `qkv` and `gate_up` may stand for the
+    layer's own projections, their outputs side by side (see `fused`).
+    """
+    attention, mlp = layer.self_attn, layer.mlp
+    size = attention.head_dim
+    x = rms_norm(hidden, layer.input_layernorm)
+    if qkv is None:
+        parts = [attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)]
+    else:
+        key_size = attention.config.num_key_value_heads * size
+        parts = qkv(x).split([attention.config.num_attention_heads * size, key_size, key_size], dim=-1)
+    q, k, v = (part.unflatten(-1, (-1, size)) for part in parts)  # [B, T, heads, D]
+    if hasattr(attention, "q_norm"):  # Qwen3
+        q, k = rms_norm(q, attention.q_norm), rms_norm(k, attention.k_norm)
+    q, k = rotate(q, *rotary), rotate(k, *rotary)
+    gathered = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    hidden = hidden + attention.o_proj(gathered.transpose(1, 2).flatten(2))
+    x = rms_norm(hidden, layer.post_attention_layernorm)
+    gate, up = (mlp.gate_proj(x), mlp.up_proj(x)) if gate_up is None else gate_up(x).chunk(2, dim=-1)
+    return hidden + mlp.down_proj(mlp.act_fn(gate) * up)
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Attention [B, heads, T, D] of queries [B, heads, T, D] over keys and values [B, key heads, L, D].
+
+    `mask` [B or 1, 1, T, L] bool says who may look at whom (None: everybody at everything).
+    """
+    batch, heads, tokens, size = q.shape
+    if q.device.type == "cpu" and q.shape[:3].numel() * k.shape[2] <= PLAIN_SCORES:
+        # The query heads that share a key head stand where one would expect more queries: no key is repeated.
+        q = (q * scale).reshape(batch, k.shape[1], -1, size)
+        scores = (q @ k.mT).view(batch, heads, tokens, -1)
+        if mask is not None:
+            scores = scores + torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        weights = scores.softmax(-1).view(batch, k.shape[1], -1, k.shape[2])
+        return (weights @ v).view(batch, heads, tokens, size)
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast rotated queries and keys come in float32
+    if mask is not None:  # of the kernels that need no memory for the scores, none takes both a mask and fewer keys
+        k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=mask is None)
+
+
+def rotary_tables(text: torch.nn.Module, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and signed sines [B, T, D] float32 for `rotate`, from positions [3, B, T] on the three axes."""
+    cos, sin = text.rotary_emb(torch.zeros(1, device=positions.device), positions)
+    half = cos.shape[-1] // 2
+    return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions on heads [B, T, heads, D]. Rotating halves, (-x2, x1), is a roll whose sign `sin` carries."""
+    return torch.addcmul(x * cos[:, :, None], x.roll(x.shape[-1] // 2, -1), sin[:, :, None])
+
+
+def fused(*linears: torch.nn.Module) -> Linear | None:
+    """Several linear maps of the same input as one, their outputs side by side; None where one carries an adapter."""
+    if not all(type(linear) is torch.nn.Linear for linear in linears):
+        return None
+    weight = torch.cat([linear.weight for linear in linears])
+    if torch.is_autocast_enabled(weight.device.type):
+        weight = weight.to(torch.get_autocast_dtype(weight.device.type))
+    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+    return lambda x: torch.nn.functional.linear(x, weight, bias)
+
+
+def rms_norm(x: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
+    """x / sqrt(mean of x^2 + eps) * weight over the last dimension, computed in float32."""
+    if x.device.type == "cpu" and torch.is_grad_enabled():
+        return RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.variance_epsilon)
+
+
+class RMSNorm(torch.autograd.Function):
+    """The norm with a gradient of its own: torch has a fused one on CUDA only, and recording the steps costs 2.5 times.
+
+    With n = x s, s = (mean of x^2 + eps)^-1/2 and y = n w: dx = s (g w - n mean(g w n)), dw = sum of g n.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1]).add_(eps).rsqrt_()
+        normed = x * scale
+        ctx.save_for_backward(normed, scale, weight)
+        return normed * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        normed, scale, weight = ctx.saved_tensors
+        product = grad * normed
+        mean = (product @ weight)[..., None] / normed.shape[-1]
+        grad_x = torch.addcmul(grad * weight, normed, mean, value=-1).mul_(scale)
+        return grad_x, product.flatten(0, -2).sum(0), None
