@@ -375,26 +375,28 @@ def main(args: Args) -> dict:
         # === Log ===
         lengths = mask.sum(1)
         varied = (advantages.view(-1, args.group_size) != 0).any(1)
-        local = [accuracy.sum(), varied.sum(), lengths.sum(), rollout.ended.sum(), *sums.values()]
-        totals = accelerator.reduce(torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in local]).to(device))
-        right, varied, tokens, ended, loss, entropy, kl, clip_low, clip_high, scored = totals.tolist()
-        all_rows, scored, seconds = len(all_rewards), scored or float("nan"), time.perf_counter() - started
+        local = {"right": accuracy.sum(), "varied": varied.sum(), "tokens": lengths.sum(), "ended": rollout.ended.sum()}
+        local |= sums
+        values = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in local.values()])
+        totals = dict(zip(local, accelerator.reduce(values).tolist(), strict=True))
+        all_rows, scored = len(all_rewards), totals["scored"] or float("nan")
+        seconds = time.perf_counter() - started
         metrics = {
             "reward": float(all_rewards.mean()),
             "reward_std": float(all_rewards.view(-1, args.group_size).std(1).mean()),
-            "accuracy": right / all_rows,
-            "frac_reward_zero_std": 1 - varied / args.prompts_per_step,
-            "completions/mean_length": tokens / all_rows,
-            "completions/clipped_ratio": 1 - ended / all_rows,
-            "loss": loss / updates,
-            "entropy": entropy / scored,
-            "kl": kl / scored,
-            "clip_ratio/low_mean": clip_low / scored,
-            "clip_ratio/high_mean": clip_high / scored,
+            "accuracy": totals["right"] / all_rows,
+            "frac_reward_zero_std": 1 - totals["varied"] / args.prompts_per_step,
+            "completions/mean_length": totals["tokens"] / all_rows,
+            "completions/clipped_ratio": 1 - totals["ended"] / all_rows,
+            "loss": totals["loss"] / updates,
+            "entropy": totals["entropy"] / scored,
+            "kl": totals["kl"] / scored,
+            "clip_ratio/low_mean": totals["clip_low"] / scored,
+            "clip_ratio/high_mean": totals["clip_high"] / scored,
             "grad_norm": sum(grad_norms) / len(grad_norms) if grad_norms else float("nan"),
             "updates_skipped": skipped,
             "lr": args.learning_rate,
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": totals["tokens"] / seconds,
             "seconds": seconds,
             "seconds/sample": sampled - started,
             **{f"verdicts/{name}": count for name, count in verdicts.items()},

@@ -9,14 +9,15 @@ Nothing of size rows x tokens x vocabulary is ever kept: `token_logprobs` runs t
 and runs it again in the backward pass.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from common.layers import attention, decoder_layer, rms_norm, rotary_tables
-from common.model import Policy, Prompts
+from common.model import Policy, Prompts, join
 
 # Logits of this many entries may exist at a time (float32: 256 MiB).
 LOGIT_BUDGET = 2**26
@@ -57,18 +58,27 @@ class Scorer(torch.nn.Module):
             policy.model.train()
 
     def forward(
-        self, prompts: Prompts, completion_ids: torch.Tensor, completion_mask: torch.Tensor, temperature: float = 1.0
+        self,
+        prompts: Prompts,
+        completion_ids: torch.Tensor,
+        completion_mask: torch.Tensor,
+        temperature: float = 1.0,
+        prompt_of_row: list[int] | None = None,
     ) -> Scores:
-        """Score completions [R, T] of N prompts; rows of a prompt stand together: row r belongs to prompt r // (R / N).
+        """Score completions [R, T] of N prompts; rows of a prompt stand together: row r belongs to prompt r // (R / N),
+        unless `prompt_of_row` says to which.
 
         `completion_ids` int64 and `completion_mask` bool are right-padded; `temperature` is the sampling temperature.
         """
         policy, model = self.policy, self.policy.base
-        group_size = len(completion_ids) // len(prompts)
+        if prompt_of_row is None:
+            spread = partial(torch.repeat_interleave, repeats=len(completion_ids) // len(prompts), dim=0)
+        else:
+            spread = partial(torch.index_select, dim=0, index=torch.tensor(prompt_of_row, device=policy.device))
         with policy.autocast():
             prefix = forward_prompts(model, prompts, self.gradient_checkpointing)
-            states = forward_completions(model, prefix, group_size, completion_ids, self.gradient_checkpointing)
-            last = prefix.states[:, -1:].repeat_interleave(group_size, dim=0)  # [R, 1, H]
+            states = forward_completions(model, prefix, spread, completion_ids, self.gradient_checkpointing)
+            last = spread(prefix.states[:, -1:])  # [R, 1, H]
             hidden = torch.cat([last, states[:, :-1]], dim=1)  # [R, T, H]
             logprobs, entropy = token_logprobs(
                 hidden,
@@ -115,26 +125,27 @@ def forward_prompts(model: torch.nn.Module, prompts: Prompts, recompute: bool = 
 
 
 def forward_completions(
-    model: torch.nn.Module, prefix: Prefix, group_size: int, completion_ids: torch.Tensor, recompute: bool
+    model: torch.nn.Module,
+    prefix: Prefix,
+    spread: Callable[[torch.Tensor], torch.Tensor],
+    completion_ids: torch.Tensor,
+    recompute: bool,
 ) -> torch.Tensor:
-    """Last hidden states [R, T, H] of completions [R, T], `group_size` rows behind each prompt."""
+    """Last hidden states [R, T, H] of completions [R, T]; `spread` makes rows [R, ...] out of prompts [N, ...]."""
     text = model.model.language_model
     tokens, width = completion_ids.shape[1], prefix.attention_mask.shape[1]
     embeds = text.embed_tokens(completion_ids)  # [R, T, H]
     steps = torch.arange(tokens, device=embeds.device)
-    positions = prefix.next_positions.repeat_interleave(group_size)[:, None] + steps  # [R, T]
+    positions = spread(prefix.next_positions)[:, None] + steps  # [R, T]
     rotary = rotary_tables(text, positions.expand(3, -1, -1))
     mask = torch.cat([steps.new_ones(tokens, width, dtype=torch.bool), steps[:, None] >= steps], dim=-1)[None, None]
     if not bool(prefix.attention_mask.all()):
         padded = torch.nn.functional.pad(prefix.attention_mask, (0, tokens), value=True)  # [N, P + T]
-        mask = mask & padded.repeat_interleave(group_size, dim=0)[:, None, None]  # [R, 1, T, P + T]
+        mask = mask & spread(padded)[:, None, None]  # [R, 1, T, P + T]
 
     hidden = embeds
     for level, layer in enumerate(text.layers):
-        past = (
-            prefix.keys[level].repeat_interleave(group_size, dim=0),
-            prefix.values[level].repeat_interleave(group_size, dim=0),
-        )
+        past = (spread(prefix.keys[level]), spread(prefix.values[level]))
         hidden, _, _ = run_layer(layer, hidden, mask, rotary, past, recompute)
     return rms_norm(hidden, text.norm)
 
@@ -221,6 +232,26 @@ def rows_of(prompts: Iterable[int], group_size: int) -> list[int]:
     [0, 1, 2, 6, 7, 8]
     """
     return [n * group_size + g for n in prompts for g in range(group_size)]
+
+
+def pack_views(
+    prompts: Prompts, views: list[Prompts], shown: list[int], members: list[int], own: list[int], viewed: list[int]
+) -> tuple[Prompts, list[int], list[int] | None]:
+    """One batch out of the rows `own` of the prompts `members` and, behind them, the rows `viewed` of these once for
+    each view.
+
+    `shown` lists which prompts the views hold, in their order. Returns prompts, the rows' numbers, and each row's place
+    among the prompts: what `Scorer` takes. One forward of one batch, so that every process makes as many.
+    """
+    if not viewed:
+        return prompts.select(members), own, None
+    group_size = len(own) // len(members)
+    seen = sorted({row // group_size for row in viewed})
+    packed = join([prompts.select(members), *(view.select([shown.index(n) for n in seen]) for view in views)])
+    prompt_of_row = [i // group_size for i in range(len(own))]
+    for k in range(len(views)):
+        prompt_of_row += [len(members) + k * len(seen) + seen.index(row // group_size) for row in viewed]
+    return packed, own + viewed * len(views), prompt_of_row
 
 
 @torch.no_grad()

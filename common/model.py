@@ -220,6 +220,24 @@ def encode_prompts(policy: Policy, messages: list[list[dict]], images: list[list
     )
 
 
+def join(parts: list[Prompts]) -> Prompts:
+    """Prompts of several batches as one, padded on the left to the longest."""
+    width = max(part.input_ids.shape[1] for part in parts)
+
+    def widen(x: torch.Tensor, part: Prompts) -> torch.Tensor:
+        return torch.nn.functional.pad(x, (width - part.input_ids.shape[1], 0))
+
+    pixels = [part.pixel_values for part in parts if part.pixel_values is not None]
+    return Prompts(
+        torch.cat([widen(part.input_ids, part) for part in parts]),
+        torch.cat([widen(part.attention_mask, part) for part in parts]),
+        torch.cat([widen(part.position_ids, part) for part in parts], dim=1),
+        torch.cat(pixels) if pixels else None,
+        torch.cat([part.image_grid_thw for part in parts]),
+        [count for part in parts for count in part.images_per_prompt],
+    )
+
+
 def replace_images(policy: Policy, prompts: Prompts, images: list[list[Image.Image]]) -> Prompts:
     """The same prompts seeing other pictures of the same sizes: another view for teacher forcing.
 

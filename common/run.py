@@ -141,10 +141,10 @@ class Run:
             return known
         result = compute()
         if self.main:
-            low, high = 100 * result["ci_low"], 100 * result["ci_high"]
-            print(
-                f"{name}: accuracy {100 * result['accuracy']:.1f} % (95 % interval {low:.1f} to {high:.1f})", flush=True
-            )
+            if "accuracy" in result:
+                low, high = 100 * result["ci_low"], 100 * result["ci_high"]
+                print(f"{name}: accuracy {100 * result['accuracy']:.1f} % (95 % interval {low:.1f} to {high:.1f})")
+                sys.stdout.flush()
             with one_line(str(file)):
                 write(file, json.dumps(result, indent=1))
         self.accelerator.wait_for_everyone()
@@ -342,7 +342,7 @@ def append(path: Path, rows: list[dict]) -> None:
 def write(path: Path, text: str) -> None:
     """Write a whole file and wait until it is on the disk, or leave the old one."""
     temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     sync(temporary)
     temporary.replace(path)
 

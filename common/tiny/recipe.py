@@ -55,15 +55,15 @@ CHAT_TEMPLATE = (
 class Args:
     out: str = "common/tiny"
     """folder to write"""
-    describe_steps: int = 700
+    describe_steps: int = 800
     """optimizer steps on descriptions, which teach to see"""
-    steps: int = 1900
+    steps: int = 2200
     """optimizer steps on demonstrations of reasoning"""
-    more_steps: int = 1600
+    more_steps: int = 1800
     """the same again, from a lower rate"""
     batch: int = 32
     """puzzles a step, two demonstrations each; twice as many when describing"""
-    hasty: float = 0.52
+    hasty: float = 0.505
     """share of the hasty demonstrations"""
     seed: int = 0
     """of the initial weights; the puzzles are train puzzles 0, 1, 2, ..."""
