@@ -224,16 +224,21 @@ def robustness(
 
 
 def mean_over_cells(cells: dict[str, list[float]], names: Sequence[str]) -> np.ndarray | None:
-    """Each example's mean accuracy [E] over the cells of some corruptions; None without any. Cells weigh alike, so a
-    mean over severities of means over corruptions is the same number."""
+    """Each example's mean accuracy [E] (or [S, E]) over the cells of some corruptions; None without any. Cells weigh
+    alike, so a mean over severities of means over corruptions is the same number."""
     chosen = [values for cell, values in cells.items() if cell.rsplit("/", 1)[0] in names]
     return np.mean(chosen, axis=0) if chosen else None
 
 
 def bootstrap(differences: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
-    """95 % interval of the mean of paired differences [E]: examples are drawn again with replacement (percentiles)."""
-    dice = np.random.default_rng(0)
-    means = [differences[dice.integers(0, len(differences), len(differences))].mean() for _ in range(draws)]
+    """95 % interval of the mean of paired differences [E], or [S, E] over training seeds and examples: both are drawn
+    again with replacement (percentiles). The same examples stand in every row, so they are drawn once for all rows."""
+    dice, table = np.random.default_rng(0), np.atleast_2d(differences)
+    seeds, examples = table.shape
+    means = np.empty(draws)
+    for draw in range(draws):
+        rows = table[dice.integers(0, seeds, seeds)].mean(0) if seeds > 1 else table[0]
+        means[draw] = rows[dice.integers(0, examples, examples)].mean()
     return tuple(np.quantile(means, [0.025, 0.975]).tolist())
 
 

@@ -5,6 +5,8 @@ values are put in front of each of its completions, whose tokens then run as a b
 continue after the prompt. Gradients flow back through the shared keys and values, so the result equals that of G
 separate padded rows, for a fraction of the work.
 
+A policy that has grown sure samples the same completion several times in a group; such rows are forwarded once.
+
 Nothing of size rows x tokens x vocabulary is ever kept: `token_logprobs` runs the output head over chunks of tokens
 and runs it again in the backward pass.
 """
@@ -73,8 +75,16 @@ class Scorer(torch.nn.Module):
         policy, model = self.policy, self.policy.base
         if prompt_of_row is None:
             spread = partial(torch.repeat_interleave, repeats=len(completion_ids) // len(prompts), dim=0)
+            place = spread(torch.arange(len(prompts), device=policy.device))  # [R]
         else:
-            spread = partial(torch.index_select, dim=0, index=torch.tensor(prompt_of_row, device=policy.device))
+            place = torch.tensor(prompt_of_row, device=policy.device)  # [R]
+        # Completions that a group holds several times have the same scores: each is forwarded once.
+        first, copy_of = distinct_rows(place, completion_ids, completion_mask)
+        several = len(first) < len(place)
+        if several:
+            completion_ids, completion_mask, place = completion_ids[first], completion_mask[first], place[first]
+        if several or prompt_of_row is not None:
+            spread = partial(torch.index_select, dim=0, index=place)
         with policy.autocast():
             prefix = forward_prompts(model, prompts, self.gradient_checkpointing)
             states = forward_completions(model, prefix, spread, completion_ids, self.gradient_checkpointing)
@@ -88,7 +98,26 @@ class Scorer(torch.nn.Module):
                 policy.banned,
                 temperature,
             )
+        if several:
+            logprobs, entropy, hidden, states = (x[copy_of] for x in (logprobs, entropy, hidden, states))
         return Scores(logprobs, entropy, hidden, states, prefix.states)
+
+
+def distinct_rows(
+    place: torch.Tensor, completion_ids: torch.Tensor, completion_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first of each set of rows with equal prompt and completion, in order, and the place of each row [R] there.
+
+    >>> ids = torch.tensor([[5, 6], [5, 7], [5, 7], [5, 7]])
+    >>> distinct_rows(torch.tensor([0, 0, 0, 1]), ids, torch.ones(4, 2, dtype=torch.bool))
+    (tensor([0, 1, 3]), tensor([0, 1, 1, 2]))
+    """
+    keys = torch.cat([place[:, None], completion_ids.masked_fill(~completion_mask, -1)], dim=1)
+    unique, number = keys.unique(dim=0, return_inverse=True)
+    rows = torch.arange(len(place), device=place.device)
+    first = rows.new_full((len(unique),), len(place)).scatter_reduce(0, number, rows, "amin")
+    order = first.argsort()
+    return first[order], order.argsort()[number]
 
 
 def forward_prompts(model: torch.nn.Module, prompts: Prompts, recompute: bool = False) -> Prefix:

@@ -1,0 +1,120 @@
+"""Train methods with several seeds at equal budget, evaluate every run on the same pictures, and compare in pairs.
+
+    python -m common.study --methods "grpo: grpo.py" "roma: roma.py" --corruptions seen unseen --out studies/roma
+
+Each method is `NAME: SCRIPT FLAGS`; differences are to the first. A run is skipped where it is finished and continued
+where it was interrupted, and finished cells of an evaluation are kept, so the same command goes on where it stopped.
+Written are the runs, results.json and a plot.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+import tyro
+from tqdm import tqdm
+
+from common.corruptions import choose
+from common.evaluate import CLEAN, plot_robustness, robustness_summary, robustness_table
+from common.run import write
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class Args:
+    methods: tuple[str, ...]
+    """what to compare, each `NAME: SCRIPT FLAGS`; differences are to the first"""
+    out: str
+    """folder for the runs and the results"""
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """training seeds; runs of the same seed are compared with each other"""
+    splits: tuple[str, ...] = ("test", "shifted")
+    """splits to evaluate on"""
+    corruptions: tuple[str, ...] = ()
+    """also corrupt the pictures of the first split: names, `seen`, `unseen`, `all`"""
+    severities: tuple[int, ...] = (1, 3, 5)
+    """severities of these corruptions"""
+    limit: int = 500
+    """examples of a split"""
+    jobs: int = 2
+    """runs at a time, each on one CPU thread where there are several (use 1 on a GPU)"""
+
+
+def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> dict[str, dict[str, list[float]]]:
+    """One run and its evaluations: accuracy of every example in every cell, a split."""
+    folder = Path(args.out) / f"{name}-seed{seed}"
+    environment = dict(os.environ)
+    if args.jobs > 1:
+        environment["OMP_NUM_THREADS"] = "1"
+
+    def execute(arguments: list[str]) -> None:
+        with open(f"{folder}.log", "a") as log:
+            done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log)
+        if done.returncode:
+            last = (Path(f"{folder}.log").read_text().strip().splitlines() or [""])[-1]
+            raise SystemExit(f"{name}, seed {seed}: stopped with {done.returncode}: {last} (see {folder}.log)")
+
+    path = str(folder.resolve())
+    if not (folder / "summary.json").is_file():
+        begun = any(folder.glob("checkpoints/step-*/complete"))
+        execute([*command, "--seed", str(seed), "--test-examples", "0", "--eval-every", "0",
+                 "--resume" if begun else "--out", path])  # fmt: skip
+    cells = {}
+    for split in args.splits:
+        file = folder.resolve() / "evaluations" / f"{split}.json"
+        corrupted = args.corruptions if split == args.splits[0] else ()
+        flags = ["--corruptions", *corrupted, "--severities", *map(str, args.severities)] if corrupted else []
+        if corrupted or not file.is_file():
+            execute(["-m", "common.evaluate", "--model", path, "--split", split, "--limit", str(args.limit),
+                     "--out", str(file), *flags])  # fmt: skip
+        result = json.loads(file.read_text())["models"][path]
+        cells[split] = result.get("cells") or {CLEAN: [mean(row["correct"]) for row in result["rows"]]}
+    return cells
+
+
+def main(args: Args) -> None:
+    commands = {}
+    for method in args.methods:
+        name, _, command = method.partition(":")
+        script = shlex.split(command)[:1]
+        if not script or not (ROOT / script[0]).is_file():
+            raise SystemExit(f"--methods {method!r}: must be `NAME: SCRIPT FLAGS`, with a script of this project")
+        commands[name.strip()] = shlex.split(command)
+    try:
+        choose(args.corruptions)
+    except ValueError as error:
+        raise SystemExit(f"--corruptions: {error}") from None
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+
+    # Seeds outside, so that an unfinished study has all methods of its first seeds.
+    runs = [(name, seed) for seed in args.seeds for name in commands]
+    bar = tqdm(total=len(runs), unit="run", mininterval=0)
+    task: Callable = lambda run: (train_and_evaluate(args, run[0], commands[run[0]], run[1]), bar.update())[0]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = dict(zip(runs, pool.map(task, runs), strict=True))
+    bar.close()
+
+    summaries = {}
+    for split in args.splits:
+        models = {}  # a method, a cell: [seeds, examples]
+        for name in commands:
+            runs = [results[name, seed][split] for seed in args.seeds]
+            models[name] = {cell: [run[cell] for run in runs] for cell in runs[0]}
+        summaries[split] = robustness_summary(models)
+        print(f"\n{split}: {args.limit} examples, seeds {', '.join(map(str, args.seeds))}, mean over seeds")
+        print(robustness_table(summaries[split]))
+        if split == args.splits[0] and args.corruptions:
+            plot_robustness(summaries[split], Path(args.out) / "robustness.png")
+    write(Path(args.out) / "results.json", json.dumps({"methods": commands, "splits": summaries}, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
