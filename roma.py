@@ -393,11 +393,13 @@ def main(args: Args) -> dict:
         trained = kept
         if not args.kl_coef:
             trained = kept & (advantages.view(-1, args.group_size) != 0).any(1)
-        trained = trained | regularized.view(len(kept), -1).any(1)
         trained = trained & loss_mask.view(len(trained), -1).any(1)  # [N]
 
         # === Views: everything else that the loss compares the scores with ===
         updates = args.updates_per_rollout * args.epochs_per_rollout
+        active = trained | regularized.view(len(kept), -1).any(1)  # [N] groups with any term of the loss
+        if updates > 1:  # else the clean log-probabilities that views are compared with are those of the sampling
+            trained = active
         score_rows = dict(
             group_size=args.group_size, temperature=args.temperature, micro_batch_tokens=args.micro_batch_tokens
         )
@@ -431,14 +433,14 @@ def main(args: Args) -> dict:
                 [
                     kept[first : first + share].sum() * args.group_size,
                     loss_mask[chosen].sum(),
-                    trained[first : first + share].sum(),
+                    active[first : first + share].sum(),
                 ]
             )
             total_rows, total_tokens, total_trained = accelerator.reduce(counts).tolist()
             if not total_trained:
                 skipped += 1
                 continue
-            groups = [n for n in range(first, first + share) if trained[n]] or [first]
+            groups = [n for n in range(first, first + share) if active[n]] or [first]
             width = prompts.input_ids.shape[1]
             batches = list(
                 micro_batches(
@@ -450,13 +452,17 @@ def main(args: Args) -> dict:
             )
             for number, batch in enumerate(batches):
                 members = [groups[n] for n in batch]
+                length = int(mask[rows_of(members, args.group_size)].sum(1).max())
+                viewed = [r for r in rows_of(members, args.group_size) if regularized[r]]
+                # Groups of equal rewards have views but, unless their clean scores are needed, no clean pass.
+                members = [n for n in members if trained[n]] or ([] if viewed else members)
                 own = rows_of(members, args.group_size)
-                length = int(mask[own].sum(1).max())
                 own_mask = loss_mask[own, :length] & trained[members].repeat_interleave(args.group_size)[:, None]
                 last = number == len(batches) - 1
                 with contextlib.nullcontext() if last or processes == 1 else accelerator.no_sync(ddp_scorer):
-                    viewed = [r for r in own if regularized[r]]
-                    packed, rows_packed, prompt_of_row = pack_views(prompts, views, shown, members, own, viewed)
+                    packed, rows_packed, prompt_of_row = pack_views(
+                        prompts, views, shown, members, viewed, args.group_size
+                    )
                     scores = ddp_scorer(
                         packed, ids[rows_packed, :length], mask[rows_packed, :length], args.temperature, prompt_of_row
                     )
@@ -472,21 +478,26 @@ def main(args: Args) -> dict:
                     )
                     loss = (torch.where(own_mask, losses, 0) * weights).sum()
                     if viewed:
-                        where = torch.tensor([own.index(r) for r in viewed], device=device)  # [V]
-                        view_mask = own_mask[where]  # [V, T]
+                        view_mask = loss_mask[viewed, :length]  # [V, T]
+                        clean = rollout.old_logprobs[viewed, :length]
+                        if updates > 1:
+                            clean = logprobs[[own.index(r) for r in viewed]]
                         view_logprobs = view_logprobs.view(args.num_views, len(viewed), length)  # [K, V, T]
-                        divergences = surrogate_kl(logprobs[where], view_logprobs, view_mask)  # [K, V, T]
+                        divergences = surrogate_kl(clean, view_logprobs, view_mask)  # [K, V, T]
                         worst, winner = worst_case(divergences, view_mask, args.kl_worst_case)
                         aux = aux_loss(view_logprobs, aux_view[viewed], advantages[viewed], view_mask)
                         view_losses = args.kl_view_coef * worst + args.aux_coef * aux
-                        loss = loss + (view_losses * weights[where]).sum()
+                        weights = token_weights(
+                            view_mask, args.loss_type, total_rows, total_tokens, args.max_completion_length
+                        )
+                        loss = loss + (view_losses * weights).sum()
                         sums["view_kl"] += worst.detach().sum()
                         sums["view_kl_mean"] += divergences.detach().mean(0).sum()
                         sums["aux"] += aux.detach().sum()
                         sums["viewed"] += view_mask.sum()
                         sums["clamped"] += (divergences.detach().amax(0) >= 10).sum()
                         sums["view_advantage"] += (advantages[viewed].abs()[:, None] * view_mask).sum()
-                        gap = (logprobs[where] - view_logprobs).detach()  # [K, V, T]
+                        gap = (clean - view_logprobs).detach()  # [K, V, T]
                         cell = [[corruptions.index(d) for d in drawn[r // args.group_size]] for r in viewed]
                         won = winner == torch.arange(args.num_views, device=device)[:, None, None]
                         counts = torch.stack([gap * view_mask, won & view_mask, view_mask.expand_as(won)])

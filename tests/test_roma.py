@@ -190,7 +190,7 @@ def test_packed_views_equal_each_view_scored_alone(family):
     views = [replace_images(policy, prompts.select(shown), pictures) for pictures in other]
     scorer, members = Scorer(policy), [2, 0]
     own = rows_of(members, 3)
-    packed, rows, prompt_of_row = pack_views(prompts, views, shown, members, own, viewed)
+    packed, rows, prompt_of_row = pack_views(prompts, views, shown, members, viewed, group_size=3)
     assert rows == [6, 7, 8, 0, 1, 2, 1, 6, 8, 1, 6, 8]
     scores = scorer(packed, ids[rows], mask[rows], 1.0, prompt_of_row).logprobs
     clean = scorer(prompts.select(members), ids[own], mask[own]).logprobs
