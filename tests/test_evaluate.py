@@ -3,13 +3,28 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import binomtest, norm
 
 import common.evaluate
-from common.data import Example, load_examples
-from common.evaluate import Args, evaluate, interval, main, newest_checkpoint, summarize, table, usual_length
+from common.data import TEMPLATE, Example, load_examples
+from common.evaluate import (
+    Args,
+    bootstrap,
+    evaluate,
+    image_reliance,
+    interval,
+    main,
+    newest_checkpoint,
+    robustness,
+    robustness_summary,
+    robustness_table,
+    summarize,
+    table,
+    usual_length,
+)
 from common.model import load_policy
 from tests.small_models import picture, small_folder, small_policy
 
@@ -154,6 +169,8 @@ def test_no_examples():
         (dict(samples=4), "--samples 4: greedy answers are all the same"),
         (dict(out="/nowhere/x.json"), "--out /nowhere/x.json: not a file in a folder that exists"),
         (dict(prompt_template="?"), "--prompt-template '\\?': must contain"),
+        (dict(corruptions=("seen", "rain")), "--corruptions: corruption 'rain' is not one of seen, "),
+        (dict(severities=(1, 6)), "--severities 1 6: each must be one of 1 to 5"),
         (dict(model=("tiny", "runs/gone")), "--model runs/gone: no such run folder"),
     ],
 )
@@ -212,3 +229,98 @@ def test_batches_and_order_change_nothing():
     cut = evaluate(policy, examples, max_new_tokens=72, samples=2, temperature=1.0, batch_prompts=5)
     assert [r["completions"] for r in whole["rows"]] == [r["completions"] for r in cut["rows"]]
     assert whole["mean_length"] == cut["mean_length"]
+
+
+# --------------------------------------------------------------------------------------------------------- robustness
+
+
+def cells(clean: float, **corruptions: tuple[float, float, float]) -> dict[str, list[float]]:
+    """Accuracies at severities 1, 3, 5, the same for each of four examples."""
+    pairs = {f"{name}/{s}": v for name, values in corruptions.items() for s, v in zip((1, 3, 5), values, strict=True)}
+    return {cell: [value] * 4 for cell, value in {"clean/0": clean, **pairs}.items()}
+
+
+def test_means_over_cells_have_the_worked_numbers():
+    one = cells(0.8, gaussian_noise=(0.78, 0.7, 0.5), jpeg_compression=(0.8, 0.74, 0.6), fog=(0.76, 0.66, 0.56))
+    two = cells(0.5, gaussian_noise=(0.5, 0.44, 0.38), jpeg_compression=(0.48, 0.46, 0.4), fog=(0.47, 0.41, 0.32))
+    summary = robustness_summary({"one": one, "two": two})
+    assert summary["one"]["seen"]["accuracy"] == pytest.approx(0.686667, abs=1e-6)
+    assert summary["two"]["seen"]["accuracy"] == pytest.approx(0.443333, abs=1e-6)
+    both = [summary[name] for name in ("one", "two")]
+    for title, expected in (("clean", 0.65), ("seen", 0.565), ("unseen", 0.53)):
+        assert sum(f[title]["accuracy"] for f in both) / 2 == pytest.approx(expected, abs=1e-6)
+    assert sum(f["seen"]["retained"] for f in both) / 2 == pytest.approx(0.8725, abs=1e-6)
+    assert summary["one"]["unseen"]["drop"] == pytest.approx(0.14)
+    assert summary["two"]["seen"]["difference"] == pytest.approx(0.443333 - 0.686667, abs=1e-6)
+    text = robustness_table(summary)
+    assert "one     80.0  68.7    66.0       11.3         14.0       85.8         82.5" in text.splitlines()
+    assert "fog               66.0  40.0" in text.splitlines()
+
+
+def test_bootstrap_of_paired_differences():
+    dice = np.random.default_rng(1)
+    differences = dice.normal(0.1, 0.5, 400)
+    low, high = bootstrap(differences)
+    assert low == pytest.approx(differences.mean() - 1.96 * differences.std() / 20, abs=0.005)
+    assert high == pytest.approx(differences.mean() + 1.96 * differences.std() / 20, abs=0.005)
+    # What differs from seed to seed counts, too: five equal rows are one, five unlike ones are less certain.
+    assert bootstrap(np.stack([differences] * 5)) == pytest.approx((low, high), abs=0.005)
+    apart = np.stack([differences + shift for shift in (-0.2, -0.1, 0, 0.1, 0.2)])
+    assert np.subtract(*bootstrap(apart)[::-1]) > 1.5 * (high - low)
+
+
+def test_robustness_shows_every_model_the_same_pixels_and_keeps_finished_cells(monkeypatch):
+    policy, seen = load_policy("tiny", trainable=False), []
+    real = common.evaluate.corrupt
+    monkeypatch.setattr(common.evaluate, "corrupt", lambda *a: seen.append((real(*a).tobytes(), a[1:])) or real(*a))
+    options = dict(max_new_tokens=8, batch_prompts=3)
+    examples, kept = load_examples("puzzles", "test", limit=5), []
+    result = robustness(policy, examples, ("fog", "pixelate"), (1, 5), keep=lambda c: kept.append(list(c)), **options)
+    assert list(result) == ["clean/0", "fog/1", "fog/5", "pixelate/1", "pixelate/5"] == kept[-1] and len(kept) == 5
+    assert all(len(values) == 5 for values in result.values()) and len({shown for shown, _ in seen}) == 20
+    first, seen[:] = list(seen), []
+    again = robustness(policy, examples, ("fog", "pixelate"), (1, 5), **options | {"batch_prompts": 5})
+    assert sorted(seen) == sorted(first) and again == result
+    seen.clear()
+    known = {cell: result[cell] for cell in ("clean/0", "fog/1")}
+    assert robustness(policy, examples, ("fog",), (1, 5), known=known, **options)["fog/5"] == result["fog/5"]
+    assert {settings[:2] for _, settings in seen} == {("fog", 5)}
+
+
+def test_robustness_from_the_command_line_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    args = dict(limit=3, max_completion_length=6, corruptions=("fog", "contrast"), out=str(tmp_path / "r.json"))
+    real, calls = common.evaluate.evaluate, []
+
+    def stops(*positional, corruption, **options):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(corruption)
+        return real(*positional, corruption=corruption, **options)
+
+    monkeypatch.setattr(common.evaluate, "evaluate", stops)
+    with pytest.raises(KeyboardInterrupt):
+        main(Args(**args, severities=(1, 5)))
+    assert calls == [None, ("fog", 1), ("fog", 5)]
+    count = lambda *positional, corruption, **options: (
+        calls.append(corruption) or real(*positional, corruption=corruption, **options)
+    )
+    monkeypatch.setattr(common.evaluate, "evaluate", count)
+    summary = main(Args(**args, severities=(1, 5)))
+    assert calls[3:] == [("contrast", 1), ("contrast", 5)] and set(summary["tiny"]) == {"clean", "unseen", "cells"}
+    main(Args(**args, severities=(5, 3)))
+    assert calls[5:] == [("fog", 3), ("contrast", 3)], "other severities are added to what is there"
+    assert (tmp_path / "r.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit, match="--limit was 3 there and is 4 now"):
+        main(Args(**args | {"limit": 4}))
+    (tmp_path / "r.json").write_text("[]")
+    with pytest.raises(SystemExit, match="holds something else"):
+        main(Args(**args))
+
+
+def test_reliance_on_the_image_is_zero_for_a_model_that_cannot_see():
+    policy, examples = load_policy("tiny", trainable=False), load_examples("puzzles", "validation", limit=6)
+    options = dict(template=TEMPLATE, max_new_tokens=40)
+    assert image_reliance(policy, examples, **options) > 0.2
+    for parameter in policy.base.model.visual.parameters():
+        parameter.zero_()
+    assert image_reliance(policy, examples, **options) == pytest.approx(0, abs=1e-6)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from common.forward import Scorer, micro_batches, token_logprobs
+from common.forward import Scorer, distinct_rows, micro_batches, token_logprobs
+from common.layers import RMSNorm, attention
 from common.model import replace_images
 from tests.small_models import FAMILIES, picture, small_policy, small_prompts
 
@@ -62,6 +63,48 @@ def test_shared_prompt_equals_padded_rows(family, recompute):
             scale = parameter.grad.abs().max().clamp(min=1e-3)
             torch.testing.assert_close(shared[name] / scale, parameter.grad / scale, atol=1e-5, rtol=0, msg=name)
     assert any("visual" in name for name in shared), "the vision tower gets gradients through the shared prompt"
+
+
+def test_rows_that_a_group_holds_twice_count_twice():
+    policy = small_policy()
+    prompts, _, _ = small_prompts(policy)
+    ids, mask = completions(policy, len(prompts) * GROUP)
+    ids[2], mask[2] = ids[0], mask[0]  # twice in the first group
+    ids[GROUP], mask[GROUP] = ids[0], mask[0]  # another group's row stays apart
+    first, copy_of = distinct_rows(torch.arange(len(ids)) // GROUP, ids, mask)
+    assert 2 not in first.tolist() and GROUP in first.tolist() and copy_of[2] == copy_of[0] == 0
+    weights = torch.randn(ids.shape, generator=torch.Generator().manual_seed(1))
+    scores = Scorer(policy)(prompts, ids, mask)
+    assert scores.hidden.shape[:2] == scores.states.shape[:2] == ids.shape
+    (scores.logprobs * weights).sum().backward()
+    shared = {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
+    policy.model.zero_grad()
+    reference = padded_logprobs(policy, prompts, ids, mask, 1.0)
+    (reference * weights).sum().backward()
+    torch.testing.assert_close(scores.logprobs, reference * mask, atol=1e-5, rtol=1e-5)
+    for name, parameter in policy.model.named_parameters():
+        if parameter.grad is not None:
+            scale = parameter.grad.abs().max().clamp(min=1e-3)
+            torch.testing.assert_close(shared[name] / scale, parameter.grad / scale, atol=1e-5, rtol=0, msg=name)
+
+
+def test_the_norm_has_the_gradient_of_its_formula():
+    x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, weight: RMSNorm.apply(x, weight, 1e-6), (x, weight))
+    theirs = torch.nn.functional.rms_norm(x, (7,), weight, 1e-6)
+    torch.testing.assert_close(RMSNorm.apply(x, weight, 1e-6), theirs)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_both_ways_to_attend_agree(monkeypatch, masked):
+    q, k, v = (torch.randn(2, heads, length, 16) for heads, length in ((6, 5), (2, 9), (2, 9)))
+    mask = torch.rand(2, 1, 5, 9) < 0.7 if masked else None
+    if masked:
+        mask[..., 0] = True  # a row of a softmax may not be empty
+    plain = attention(q, k, v, mask, 0.3)
+    monkeypatch.setattr("common.layers.PLAIN_SCORES", 0)
+    torch.testing.assert_close(attention(q, k, v, mask, 0.3), plain, atol=1e-5, rtol=1e-5)
 
 
 def test_neighbours_padding_and_order_change_nothing():

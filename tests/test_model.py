@@ -110,3 +110,11 @@ def test_a_folder_of_another_family_is_named(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(SystemExit, match=r"neither config\.json nor adapter_config\.json"):
         load_policy(str(tmp_path))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patches_are_embedded_as_by_the_convolution(family):
+    policy = small_policy(family)
+    embed, (prompts, _, _) = policy.base.model.visual.patch_embed, small_prompts(policy)
+    ours, theirs = embed(prompts.pixel_values), type(embed).forward(embed, prompts.pixel_values)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)

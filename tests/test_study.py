@@ -1,0 +1,45 @@
+"""A study: two methods, trained, evaluated on the same pictures and compared in pairs, by one command."""
+
+import json
+
+import pytest
+
+from common.study import Args, main
+
+
+def test_a_small_study(tmp_path, capsys):
+    args = Args(
+        methods=("grpo: grpo.py --steps 1", "dapo: grpo.py --steps 1 --filter-groups reward"),
+        out=str(tmp_path), seeds=(3,), corruptions=("fog",), severities=(5,), limit=4,
+    )  # fmt: skip
+    main(args)
+    text = capsys.readouterr().out
+    assert "test: 4 examples, seeds 3, mean over seeds" in text and "shifted: 4 examples" in text
+    assert "against grpo" in text and (tmp_path / "robustness.png").is_file()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["splits"]["test"]["dapo"]["unseen"]["difference_ci"]
+    assert set(results["splits"]["shifted"]["grpo"]) == {"clean", "cells"}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    main(args)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}, (
+        "nothing trained again"
+    )
+    assert capsys.readouterr().out == text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"methods": ("grpo.py",)}, "--methods 'grpo.py': must be `NAME: SCRIPT FLAGS`"),
+        ({"methods": ("x: nothere.py",)}, "--methods 'x: nothere.py': must be "),
+        ({"corruptions": ("rain",)}, "--corruptions: corruption 'rain' is not one of"),
+    ],
+)
+def test_bad_flags_are_one_line(settings, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        main(Args(**{"methods": ("grpo: grpo.py",), "out": str(tmp_path)} | settings))
+
+
+def test_a_run_that_fails_says_where_to_look(tmp_path):
+    with pytest.raises(SystemExit, match=r"bad, seed 1: stopped with 1: --group-size 1: .* \(see .*bad-seed1.log\)"):
+        main(Args(methods=("bad: grpo.py --group-size 1",), out=str(tmp_path), seeds=(1,)))
