@@ -295,8 +295,12 @@ def score_without_gradient(
     group_size: int,
     temperature: float,
     micro_batch_tokens: int,
+    visit: Callable[[list[int], list[int], Scores], None] = lambda members, rows, scores: None,
 ) -> torch.Tensor:
-    """Log-probabilities [R, T] float32 of the groups `wanted` [N] bool, in micro-batches; 0 elsewhere."""
+    """Log-probabilities [R, T] float32 of the groups `wanted` [N] bool, in micro-batches; 0 elsewhere.
+
+    `visit` is shown the prompts, rows and scores of each micro-batch.
+    """
     logprobs = torch.zeros(completion_ids.shape, device=completion_ids.device)
     groups = wanted.nonzero()[:, 0].tolist()
     mask = completion_mask[rows_of(groups, group_size)]
@@ -308,4 +312,5 @@ def score_without_gradient(
             prompts.select(members), completion_ids[rows, :length], completion_mask[rows, :length], temperature
         )
         logprobs[rows, :length] = scores.logprobs
+        visit(members, rows, scores)
     return logprobs

@@ -1,0 +1,618 @@
+"""VPPO: policy gradients for the tokens, and the completions, that depend on the image.
+
+"Spotlight on Token Perception for Multimodal Reinforcement Learning" (Huang et al. 2025, arXiv 2510.09285).
+
+    python vppo.py                                                        # a laptop: built-in model and puzzles
+    python vppo.py --model Qwen/Qwen3-VL-4B --lora-rank 64                # one GPU
+    accelerate launch --num-processes 8 vppo.py --model Qwen/Qwen3-VL-4B  # a node
+
+In a chain of thought about an image only a few tokens depend on the image. How much each does is seen by scoring the
+completion once more, without gradient, with random patches of the image black. Of each completion only the tokens that
+depend most take part in the policy gradient, and completions that depend more on the image count more.
+
+    dependency   S_rt = e^d - d - 1, d = (logprob_rt with the masked image) - (logprob_rt), both of the sampling policy
+    filter       keep_rt = 1 for the keep_fraction of the tokens of completion r with the largest S
+    shaping      a_r = beta_min + (1 - beta_min) (S_r - min S) / (mean S - min S), S_r the mean of S over completion r
+    advantage    A_r = a_r (R_r - mean of its group) / (standard deviation of its group + eps)
+    ratio        rho_rt = exp(logprob_rt - old_logprob_rt)
+    token loss   q_rt = -keep_rt min(rho_rt A_r, clip(rho_rt, 1 - clip_low, 1 + clip_high) A_r) + kl_coef k3_rt
+                        - entropy_coef logprob_rt
+    loss         the mean of q over all tokens of the whole optimizer step, kept or not (`loss_type` dapo; others below)
+
+The authors train with DAPO's group filter, as here, and with `--delta 3` and `--top-p 0.99`. Without the filter and the
+shaping (`--keep-fraction 1 --beta-min 1`) this is DAPO with the same entropy penalty: compare methods at an equal one.
+
+Symbols: N prompts a step over all processes, G completions a prompt, R = N G rows, rows of a prompt together, T tokens.
+"""
+
+import contextlib
+import time
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType
+
+from common.data import TEMPLATE, batch_indices, build_messages, check_template, load_examples
+from common.evaluate import evaluate
+from common.forward import Scorer, micro_batches, rows_of, score_without_gradient
+from common.model import encode_prompts, load_policy
+from common.rewards import score
+from common.rollout import decode, sample, uniform_numbers
+from common.run import Run
+
+
+@dataclass
+class Args:
+    # --- the run
+    model: str = "tiny"
+    """built-in `tiny`, a folder, or a hub id of the Qwen2-VL, Qwen2.5-VL and Qwen3-VL families"""
+    lora_rank: int = 0
+    """train adapters of this rank instead of all weights (0: all weights)"""
+    max_pixels: int = 0
+    """bound on an image's area after resizing, in pixels (0: as the checkpoint says)"""
+    data: str = ""
+    """`puzzles`, a .jsonl or .parquet file, a folder, or a hub id (default: puzzles; geometry3k for a hub model)"""
+    train_split: str = "train"
+    """split to train on"""
+    eval_split: str = "validation"
+    """split for the evaluations during training"""
+    test_split: str = "test"
+    """split for the evaluations before and after training"""
+    image_column: str = ""
+    """column that holds the images (default: found by the usual names)"""
+    question_column: str = ""
+    """column that holds the question (default: found by the usual names)"""
+    answer_column: str = ""
+    """column that holds the answer (default: found by the usual names)"""
+    kind: str = ""
+    """how answers are checked: math, int, letter, ... (default: math for data sets that do not say)"""
+    prompt_template: str = TEMPLATE
+    """what the model reads; {question} and {request} are filled in"""
+    steps: int = 300
+    """rollouts to train for"""
+    eval_every: int = 100
+    """steps between evaluations on `eval_split` (0: none)"""
+    eval_examples: int = 200
+    """examples of an evaluation during training"""
+    test_examples: int = 500
+    """examples of the evaluations before and after training (0: none)"""
+    save_every: int = 100
+    """steps between checkpoints"""
+    keep_checkpoints: int = 2
+    """newest checkpoints that are kept"""
+    out: str = ""
+    """run folder (default: runs/<script>-<model>-seed<seed>)"""
+    resume: str = ""
+    """run folder to continue"""
+    track: str = ""
+    """also log to tensorboard, wandb or trackio"""
+    seed: int = 1
+    """everything random is a function of this, the step and the row"""
+
+    # --- sampling and optimization, the same in every script
+    prompts_per_step: int = 8
+    """N: prompts of a rollout, over all processes"""
+    group_size: int = 8
+    """G: completions a prompt"""
+    max_completion_length: int = 0
+    """longest completion in tokens (default: 72 for the built-in model, else 2048)"""
+    temperature: float = 1.0
+    """sampling temperature; log-probabilities are taken at it"""
+    top_p: float = 1.0
+    """nucleus sampling; below 1 the sampled distribution is no longer the one that is trained"""
+    top_k: int = 0
+    """sample from the k likeliest tokens only (0: all), with the same caution"""
+    learning_rate: float = 0.0
+    """constant rate of AdamW (default: 3e-5 for the built-in model, else 1e-6)"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    updates_per_rollout: int = 1
+    """optimizer steps that a rollout's prompts are divided over"""
+    epochs_per_rollout: int = 1
+    """passes over a rollout"""
+    micro_batch_tokens: int = 16384
+    """tokens, prompts and padding included, of one forward and backward; lower it when memory runs out"""
+
+    # --- the method
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """divide centred rewards by the standard deviation of the group, of the whole step, or not (Dr. GRPO)"""
+    advantage_eps: float = 1e-4
+    """added to that standard deviation"""
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = "dapo"
+    """how tokens are averaged; see `token_weights`"""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """one ratio a token, or their geometric mean over the completion (GSPO)"""
+    clip_low: float = 0.2
+    """a ratio below 1 - clip_low gives a token with negative advantage no further push"""
+    clip_high: float = 0.28
+    """a ratio above 1 + clip_high gives a token with positive advantage no further push (clip-higher, DAPO)"""
+    delta: float = 0.0
+    """upper bound of the ratio where the advantage is negative; must exceed 1 + clip_high (0: none)"""
+    kl_coef: float = 0.0
+    """weight of the k3 penalty to the initial policy (0: no reference is loaded)"""
+    mask_truncated_completions: bool = False
+    """leave completions that hit the length limit out of the loss (overlong filtering, DAPO)"""
+    filter_groups: Literal["none", "reward", "accuracy"] = "accuracy"
+    """leave groups without reward variance, or all right or all wrong, out of the loss's denominators too"""
+    dependency: Literal["k3", "kl"] = "k3"
+    """estimate from the sampled token, as the authors train, or the divergence over the vocabulary (their eq. 3)"""
+    keep_fraction: float = 0.4
+    """share of each completion's tokens that take part in the policy gradient (1: no filter)"""
+    beta_min: float = 0.9
+    """shaping factor of the completion that depends least on the image (1: no shaping)"""
+    beta_max: float = 0.0
+    """shaping factor of the one that depends most (0: such that the mean factor is 1)"""
+    mask_prob: float = 0.5
+    """probability that a patch is black in the masked image"""
+    mask_per: Literal["prompt", "row"] = "prompt"
+    """one masked image for a prompt's completions, which share its forward, or one each, as in the authors' code"""
+    entropy_coef: float = 0.06
+    """weight of the sampled tokens' negative log-likelihood, on all tokens"""
+
+    def __post_init__(self):
+        tiny = self.model == "tiny"
+        self.data = self.data or ("puzzles" if tiny else "hiyouga/geometry3k")
+        self.learning_rate = self.learning_rate or (3e-5 if tiny else 1e-6)
+        self.max_completion_length = self.max_completion_length or (72 if tiny else 2048)
+
+
+# ------------------------------------------------------------------------------------------------- the method
+
+
+def group_advantages(rewards: torch.Tensor, group_size: int, scale_rewards: str, eps: float) -> torch.Tensor:
+    """Advantages [R] float32 from rewards [R]: each row against the mean of its group (DeepSeekMath, section 4.1.2).
+
+    Statistics are in float64, and a group whose rewards agree to 1e-6 gets exactly 0: in float32 the mean of equal
+    rewards can miss them by a bit, which the division would blow up. Standard deviations divide by G - 1.
+
+    >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4, "group", 1e-4)
+    tensor([ 1.4997, -0.4999, -0.4999, -0.4999])
+    """
+    groups = rewards.double().view(-1, group_size)  # [N, G]
+    centred = groups - groups.mean(1, keepdim=True)
+    if scale_rewards == "group":
+        centred = centred / (groups.std(1, keepdim=True) + eps)
+    elif scale_rewards == "batch":
+        centred = centred / (groups.std() + eps)
+    varied = groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True) > 1e-6
+    return torch.where(varied, centred, 0).flatten().float()
+
+
+def kept_groups(rewards: torch.Tensor, accuracy: torch.Tensor, group_size: int, filter_groups: str) -> torch.Tensor:
+    """Which groups [N] bool count in the loss: those with varied rewards, or neither all right nor all wrong (DAPO)."""
+    if filter_groups == "none":
+        return torch.ones(len(rewards) // group_size, dtype=torch.bool, device=rewards.device)
+    groups = (rewards if filter_groups == "reward" else accuracy).view(-1, group_size)
+    return groups.amax(1) - groups.amin(1) > 1e-6
+
+
+def token_weights(
+    loss_mask: torch.Tensor, loss_type: str, rows: int | float, tokens: int | float, max_completion_length: int
+) -> torch.Tensor:
+    """What each token counts in the loss, [R, T] float32, 0 outside `loss_mask`.
+
+    `rows` and `tokens` are those of the whole optimizer step, over all micro-batches and processes, so that a gradient
+    does not depend on how the step is cut.
+
+        grpo           1 / (rows * tokens of the row)   a mean of row means (DeepSeekMath, eq. 3)
+        dapo, bnpo     1 / tokens                       every token alike (DAPO, eq. 8)
+        dr_grpo        1 / (rows * length limit)        a constant, also from step to step (Dr. GRPO, section 3.2)
+
+    Trainers that tell bnpo from dapo divide by the tokens of each micro-batch, so that the gradient depends on the cut;
+    where a step is one micro-batch the two agree, and that is what the name means here.
+    """
+    weights = loss_mask.float()
+    if loss_type == "grpo":
+        return weights / weights.sum(1, keepdim=True).clamp(min=1) / max(rows, 1)
+    if loss_type == "dr_grpo":
+        return weights / (max(rows, 1) * max_completion_length)
+    return weights / max(tokens, 1)
+
+
+def k3_divergence(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """Estimate of KL(policy || reference) on sampled tokens, never negative (DeepSeekMath, eq. 4): e^d - d - 1."""
+    d = (ref_logprobs - logprobs).clamp(-20, 20)
+    return d.exp() - d - 1
+
+
+def policy_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    args: Args,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clipped surrogate of each token (PPO; DeepSeekMath, eq. 3; GSPO, eq. 5) and the ratios, [R, T] float32 each.
+
+    `advantages` is [R, 1] or [R, T]. With a ratio of 1 the loss is -A and its gradient that of -A logprob.
+    """
+    log_ratio = torch.where(loss_mask, logprobs - old_logprobs, 0)
+    if args.importance_sampling_level == "sequence":
+        mean = log_ratio.sum(1, keepdim=True) / loss_mask.sum(1, keepdim=True).clamp(min=1)
+        log_ratio = mean.expand_as(log_ratio)
+    ratio = log_ratio.clamp(-20, 20).exp()
+    clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
+    bounded = ratio.clamp(max=args.delta) if args.delta else ratio
+    return -torch.minimum(bounded * advantages, clipped * advantages), ratio.detach()
+
+
+def visual_dependency(
+    old_logprobs: torch.Tensor, masked_logprobs: torch.Tensor, completion_mask: torch.Tensor
+) -> torch.Tensor:
+    """How much each token depends on the image: S [R, T] float32 in [0, 10], 0 outside the mask, without gradient.
+
+    The k3 estimate of KL(image || masked image) on the sampled token (VPPO, eq. 3 by appendix B).
+    """
+    d = torch.where(completion_mask, masked_logprobs - old_logprobs, 0).detach().clamp(-20, 20)
+    return (d.exp() - d - 1).clamp(0, 10)
+
+
+@torch.no_grad()
+def vocabulary_divergence(
+    hidden: torch.Tensor, masked_hidden: torch.Tensor, head: torch.Tensor, banned: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """KL(image || masked image) over the vocabulary (VPPO, eq. 3), [Z] float32 from hidden states [Z, H] of both views.
+
+    In chunks of tokens: no tensor of tokens x vocabulary is kept.
+    """
+    bias = torch.zeros(len(head), device=head.device).masked_fill(banned, -1e30)  # [V]
+    values = []
+    for pair in zip(hidden.split(256), masked_hidden.split(256), strict=True):
+        clean, masked = (((x @ head.T.to(x.dtype)).float() / temperature + bias).log_softmax(-1) for x in pair)
+        values.append((clean.exp() * (clean - masked)).sum(-1))
+    return torch.cat(values)
+
+
+def row_mean(dependency: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
+    """Mean dependency [R] of each completion over its tokens (VPPO, eq. 4)."""
+    return (dependency * completion_mask).sum(1) / completion_mask.sum(1).clamp(min=1)
+
+
+def shaping_factors(
+    row_dependency: torch.Tensor, low: torch.Tensor, mean: torch.Tensor, high: torch.Tensor, args: Args
+) -> torch.Tensor:
+    """What the advantages [R] are multiplied by (VPPO, eq. 5), from beta_min upwards.
+
+    `low`, `mean`, `high` are those of the optimizer step's rows, over all processes. With the dynamic beta_max the mean
+    factor of these rows is 1 and beta_max drops out of the formula. Rows that all depend alike get 1.
+    """
+    if high - low <= 1e-6:
+        return torch.ones_like(row_dependency)
+    if args.beta_max:
+        return args.beta_min + (args.beta_max - args.beta_min) * (row_dependency - low) / (high - low)
+    return args.beta_min + (1 - args.beta_min) * (row_dependency - low) / (mean - low)
+
+
+def token_filter(dependency: torch.Tensor, completion_mask: torch.Tensor, keep_fraction: float) -> torch.Tensor:
+    """The ceil(keep_fraction n) of each completion's n tokens that depend most [R, T] bool; of equals the earlier."""
+    # An exact product stays exact: 0.6 * 25 is a little more than 15.
+    count = (completion_mask.sum(1) * keep_fraction - 1e-6).ceil()  # [R]
+    order = dependency.masked_fill(~completion_mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    return (order.argsort(dim=1) < count[:, None]) & completion_mask
+
+
+def blacken_patches(
+    pixel_values: torch.Tensor, uniforms: torch.Tensor, mask_prob: float, black: torch.Tensor
+) -> torch.Tensor:
+    """Patches [P, C * patch volume] of the vision tower's grid, those black whose number in `uniforms` [P] is below
+    `mask_prob`; `black` [C * patch volume] is what the image processor makes of a black patch."""
+    return torch.where((uniforms < mask_prob)[:, None], black, pixel_values)
+
+
+def black_patch(image_processor) -> torch.Tensor:
+    """A black patch after normalization [C * patch volume] float32."""
+    values = -torch.tensor(image_processor.image_mean) / torch.tensor(image_processor.image_std)  # [C]
+    return values.repeat_interleave(image_processor.temporal_patch_size * image_processor.patch_size**2)
+
+
+# ------------------------------------------------------------------------------------------------- the run
+
+
+def main(args: Args) -> dict:
+    # === Set up ===
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    device, processes = accelerator.device, accelerator.num_processes
+    check(args, accelerator)
+    run = Run(args, accelerator, "vppo")
+    columns = {name: getattr(args, name) for name in ("image_column", "question_column", "answer_column", "kind")}
+    train = load_examples(args.data, args.train_split, **columns)
+    held_out = load_examples(args.data, args.eval_split, limit=args.eval_examples, **columns) if args.eval_every else []
+    test = load_examples(args.data, args.test_split, limit=args.test_examples, **columns) if args.test_examples else []
+    policy = load_policy(args.model, device=device, lora_rank=args.lora_rank, max_pixels=args.max_pixels)
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    scorer = Scorer(policy, gradient_checkpointing=device.type == "cuda")
+    ddp_scorer = accelerator.prepare(scorer) if processes > 1 else scorer
+    reference = None
+    if args.kl_coef and not args.lora_rank:
+        frozen = load_policy(args.model, device=device, max_pixels=args.max_pixels, trainable=False)
+        reference = Scorer(frozen)
+    first_step = run.restore(policy, optimizer)
+
+    def accuracy_on(examples):
+        return evaluate(
+            policy,
+            examples,
+            template=args.prompt_template,
+            max_new_tokens=args.max_completion_length,
+            seed=args.seed,
+            accelerator=accelerator,
+        )
+
+    before = run.once("before", lambda: accuracy_on(test)) if args.test_examples else None
+
+    for step in range(first_step, args.steps):
+        started = time.perf_counter()
+
+        # === Sample: N prompts, G completions each ===
+        indices = batch_indices(args.seed, step, args.prompts_per_step, len(train))
+        # A process takes its share of each update's prompts: an update sees the same prompts on any number of them.
+        shares = torch.arange(args.prompts_per_step).view(args.updates_per_rollout, processes, -1)
+        places = shares[:, accelerator.process_index].flatten().tolist()
+        examples = [train[indices[place]] for place in places]
+        prompts = encode_prompts(
+            policy, [build_messages(e, args.prompt_template) for e in examples], [list(e.images) for e in examples]
+        )
+        rows = [place * args.group_size + g for place in places for g in range(args.group_size)]
+        rollout = sample(
+            policy,
+            prompts,
+            args.group_size,
+            args.max_completion_length,
+            uniform_numbers(args.seed, step, rows, args.max_completion_length),
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+        )
+        ids, mask = rollout.completion_ids, rollout.completion_mask  # [R, T]
+        completions = decode(policy, rollout)
+        sampled = time.perf_counter()
+
+        # === Reward: one number a row ===
+        asked = [e for e in examples for _ in range(args.group_size)]  # rows of a prompt stand together
+        accuracy, verdicts = score(completions, asked)
+        accuracy = torch.tensor(accuracy, device=device)  # [R]
+        rewards = accuracy
+
+        # === Advantage: each row against its group ===
+        mine = slice(accelerator.process_index * len(rows), (accelerator.process_index + 1) * len(rows))
+        all_rewards = accelerator.gather(rewards)
+        advantages = group_advantages(all_rewards, args.group_size, args.scale_rewards, args.advantage_eps)[mine]
+        kept = kept_groups(rewards, accuracy, args.group_size, args.filter_groups)  # [N] groups that count
+        loss_mask = mask & kept.repeat_interleave(args.group_size)[:, None]  # [R, T]
+        if args.mask_truncated_completions:
+            loss_mask = loss_mask & rollout.ended[:, None]
+
+        # Without a penalty a group of equal rewards has no gradient: it counts in the means but is not scored.
+        trained = kept
+        if not args.kl_coef and not args.entropy_coef:
+            trained = kept & (advantages.view(-1, args.group_size) != 0).any(1)
+        trained = trained & loss_mask.view(len(trained), -1).any(1)  # [N]
+
+        # === Views: everything else that the loss compares the scores with ===
+        updates = args.updates_per_rollout * args.epochs_per_rollout
+        score_rows = dict(
+            group_size=args.group_size, temperature=args.temperature, micro_batch_tokens=args.micro_batch_tokens
+        )
+        old_logprobs = ref_logprobs = None
+        if updates > 1:
+            old_logprobs = score_without_gradient(scorer, prompts, ids, mask, trained, **score_rows)
+        if args.kl_coef:
+            with policy.model.disable_adapter() if args.lora_rank else contextlib.nullcontext():
+                ref_logprobs = score_without_gradient(reference or scorer, prompts, ids, mask, trained, **score_rows)
+
+        # The masked view: the same completions and policy, with black patches in the image.
+        dependency = torch.zeros(ids.shape, device=device)  # [R, T]
+        if args.keep_fraction < 1 or args.beta_min < 1:
+            per_row = args.mask_per == "row"
+            seers = [n for n in range(len(examples)) for _ in range(args.group_size if per_row else 1)]
+            hidden_prompts = prompts.select(seers)
+            counts = prompts.image_grid_thw.prod(-1).split(prompts.images_per_prompt)
+            uniforms = [
+                np.random.default_rng([args.seed, step, places[n], i % args.group_size if per_row else 0]).random(
+                    int(counts[n].sum())
+                )
+                for i, n in enumerate(seers)
+            ]
+            uniforms = torch.from_numpy(np.concatenate(uniforms)).to(device)
+            if hidden_prompts.pixel_values is not None:
+                black = black_patch(policy.image_processor).to(device)
+                pixels = blacken_patches(hidden_prompts.pixel_values, uniforms, args.mask_prob, black)
+                hidden_prompts = replace(hidden_prompts, pixel_values=pixels)
+            share_rows = score_rows | {"group_size": 1 if per_row else args.group_size}
+            wanted = trained.repeat_interleave(args.group_size) if per_row else trained
+            if args.dependency == "k3":
+                masked_logprobs = score_without_gradient(scorer, hidden_prompts, ids, mask, wanted, **share_rows)
+                clean_logprobs = rollout.old_logprobs if old_logprobs is None else old_logprobs
+                scored_mask = mask & trained.repeat_interleave(args.group_size)[:, None]
+                dependency = visual_dependency(clean_logprobs, masked_logprobs, scored_mask)
+            else:
+                for n in wanted.nonzero()[:, 0].tolist():
+                    own = rows_of([n], share_rows["group_size"])
+                    with torch.no_grad():
+                        views = [
+                            scorer(view, ids[own], mask[own], args.temperature).hidden[mask[own]]
+                            for view in (prompts.select([seers[n]]), hidden_prompts.select([n]))
+                        ]
+                    head = policy.base.get_output_embeddings().weight
+                    divergence = vocabulary_divergence(*views, head, policy.banned, args.temperature)
+                    dependency[own] = torch.zeros(mask[own].shape, device=device).masked_scatter(mask[own], divergence)
+        row_dependency = row_mean(dependency, mask)  # [R]
+        keep = token_filter(dependency, mask, args.keep_fraction)  # [R, T]
+
+        # === Update ===
+        sums = dict.fromkeys(("loss", "entropy", "kl", "clip_low", "clip_high", "scored"), 0.0)
+        sums |= dict.fromkeys(("nll", "kept", "dependency", "dependency_kept", "clamped"), 0.0)
+        shaping = torch.ones(len(rows), device=device)  # [R]
+        grad_norms, skipped = [], 0
+        for update in range(updates):
+            share = len(examples) // args.updates_per_rollout
+            first = update % args.updates_per_rollout * share
+            chosen = rows_of(range(first, first + share), args.group_size)
+            # The means' denominators, over all processes; every process then makes at least one backward call.
+            counts = torch.stack(
+                [
+                    kept[first : first + share].sum() * args.group_size,
+                    loss_mask[chosen].sum(),
+                    trained[first : first + share].sum(),
+                ]
+            )
+            total_rows, total_tokens, total_trained = accelerator.reduce(counts).tolist()
+            if not total_trained:
+                skipped += 1
+                continue
+            # Shaping compares the rows of this optimizer step, those of all processes.
+            step_rows = accelerator.gather(row_dependency[chosen])
+            step_rows = step_rows[accelerator.gather(trained[first : first + share].repeat_interleave(args.group_size))]
+            statistics = step_rows.amin(), step_rows.mean(), step_rows.amax()
+            shaping[chosen] = shaping_factors(row_dependency[chosen], *statistics, args)
+            groups = [n for n in range(first, first + share) if trained[n]] or [first]
+            width = prompts.input_ids.shape[1]
+            batches = list(
+                micro_batches(mask[rows_of(groups, args.group_size)], width, args.group_size, args.micro_batch_tokens)
+            )
+            for number, batch in enumerate(batches):
+                members = [groups[n] for n in batch]
+                own = rows_of(members, args.group_size)
+                length = int(mask[own].sum(1).max())
+                own_mask = loss_mask[own, :length] & trained[members].repeat_interleave(args.group_size)[:, None]
+                last = number == len(batches) - 1
+                with contextlib.nullcontext() if last or processes == 1 else accelerator.no_sync(ddp_scorer):
+                    scores = ddp_scorer(
+                        prompts.select(members), ids[own, :length], mask[own, :length], args.temperature
+                    )
+                    old = scores.logprobs.detach() if old_logprobs is None else old_logprobs[own, :length]
+                    shaped = (shaping * advantages)[own, None]
+                    losses, ratio = policy_loss(scores.logprobs, old, shaped, own_mask, args)
+                    losses = losses * keep[own, :length] - args.entropy_coef * scores.logprobs
+                    if ref_logprobs is not None:
+                        kl = k3_divergence(scores.logprobs, ref_logprobs[own, :length])
+                        losses = losses + args.kl_coef * kl
+                        sums["kl"] += kl.detach()[own_mask].sum()
+                    weights = token_weights(
+                        own_mask, args.loss_type, total_rows, total_tokens, args.max_completion_length
+                    )
+                    loss = (torch.where(own_mask, losses, 0) * weights).sum()
+                    accelerator.backward(loss * processes)  # gradients are averaged over processes, the loss is a sum
+                positive = advantages[own, None] > 0
+                sums["loss"] += loss.detach()
+                sums["scored"] += own_mask.sum()
+                sums["entropy"] += scores.entropy[own_mask].sum()
+                own_keep, own_dependency = keep[own, :length] & own_mask, dependency[own, :length] * own_mask
+                sums["nll"] -= scores.logprobs.detach()[own_mask].sum()
+                sums["kept"] += own_keep.sum()
+                sums["dependency"] += own_dependency.sum()
+                sums["dependency_kept"] += own_dependency[own_keep].sum()
+                sums["clamped"] += (own_dependency >= 10).sum()
+                sums["clip_low"] += ((ratio < 1 - args.clip_low) & ~positive & own_mask).sum()
+                sums["clip_high"] += ((ratio > 1 + args.clip_high) & positive & own_mask).sum()
+            grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+            if run.check_gradients(grad_norm):
+                optimizer.step()
+                grad_norms.append(float(grad_norm))
+            optimizer.zero_grad()
+
+        # === Log ===
+        lengths = mask.sum(1)
+        varied = (advantages.view(-1, args.group_size) != 0).any(1)
+        local = {"right": accuracy.sum(), "varied": varied.sum(), "tokens": lengths.sum(), "ended": rollout.ended.sum()}
+        local |= sums
+        values = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in local.values()])
+        totals = dict(zip(local, accelerator.reduce(values).tolist(), strict=True))
+        all_rows, scored = len(all_rewards), totals["scored"] or float("nan")
+        seconds = time.perf_counter() - started
+        metrics = {
+            "reward": float(all_rewards.mean()),
+            "reward_std": float(all_rewards.view(-1, args.group_size).std(1).mean()),
+            "accuracy": totals["right"] / all_rows,
+            "frac_reward_zero_std": 1 - totals["varied"] / args.prompts_per_step,
+            "completions/mean_length": totals["tokens"] / all_rows,
+            "completions/clipped_ratio": 1 - totals["ended"] / all_rows,
+            "loss": totals["loss"] / updates,
+            "entropy": totals["entropy"] / scored,
+            "kl": totals["kl"] / scored,
+            "clip_ratio/low_mean": totals["clip_low"] / scored,
+            "clip_ratio/high_mean": totals["clip_high"] / scored,
+            "grad_norm": sum(grad_norms) / len(grad_norms) if grad_norms else float("nan"),
+            "updates_skipped": skipped,
+            "lr": args.learning_rate,
+            "tokens_per_second": totals["tokens"] / seconds,
+            "seconds": seconds,
+            "seconds/sample": sampled - started,
+            **{f"verdicts/{name}": count for name, count in verdicts.items()},
+        }
+        seen = accelerator.gather(trained.repeat_interleave(args.group_size))
+        row_dependency, shaping = accelerator.gather(row_dependency)[seen], accelerator.gather(shaping)[seen]
+        right = accelerator.gather(accuracy)[seen] == 1
+        if len(row_dependency):
+            dropped = totals["dependency"] - totals["dependency_kept"]
+            metrics |= {
+                "nll": totals["nll"] / scored,
+                "dependency": totals["dependency"] / scored,
+                "dependency/kept": totals["dependency_kept"] / max(totals["kept"], 1),
+                "dependency/dropped": dropped / max(totals["scored"] - totals["kept"], 1),
+                "dependency/kept_share": totals["kept"] / scored,
+                "dependency/clamped": totals["clamped"] / scored,
+                "dependency/right": float(row_dependency[right].mean()),
+                "dependency/wrong": float(row_dependency[~right].mean()),
+                "shaping/mean": float(shaping.mean()),
+                "shaping/max": float(shaping.max()),
+            }
+        if args.eval_every and (step + 1) % args.eval_every == 0:
+            metrics["eval/accuracy"] = accuracy_on(held_out)["accuracy"]
+        run.log(step, metrics)
+        run.show(
+            step,
+            [
+                {
+                    "question": asked[r].question,
+                    "completion": completions[r],
+                    "answer": asked[r].answer,
+                    "reward": float(rewards[r]),
+                    "advantage": float(advantages[r]),
+                }
+                for r in range(args.group_size)
+            ],
+        )
+
+        # === Save ===
+        stopping = run.should_stop()
+        if stopping or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            run.save(step + 1, policy, optimizer)
+        if stopping:
+            return run.stopped(step + 1)
+
+    after = accuracy_on(test) if args.test_examples else None
+    return run.finish({"before": before, "after": after})
+
+
+def check(args: Args, accelerator: Accelerator) -> None:
+    """Stop with one line before anything long starts."""
+    processes, kind = accelerator.num_processes, accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise SystemExit(f"accelerate is configured for {kind.value}: only plain data parallelism is supported so far")
+    args.prompt_template = check_template(args.prompt_template)
+    if args.group_size < 2:
+        raise SystemExit(f"--group-size {args.group_size}: a group of at least 2 is compared with itself")
+    if args.prompts_per_step % (processes * args.updates_per_rollout):
+        raise SystemExit(
+            f"--prompts-per-step {args.prompts_per_step}: must be a multiple of {processes} processes times "
+            f"--updates-per-rollout {args.updates_per_rollout}"
+        )
+    if args.delta and args.delta <= 1 + args.clip_high:
+        raise SystemExit(f"--delta {args.delta}: must exceed 1 + --clip-high {args.clip_high}")
+    if args.temperature <= 0:
+        raise SystemExit(f"--temperature {args.temperature}: must be above 0 to explore")
+    for name, low in (("keep_fraction", 1e-3), ("beta_min", 0), ("mask_prob", 0)):
+        if not low <= getattr(args, name) <= 1:
+            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from {low} to 1")
+    if args.beta_max and args.beta_max <= args.beta_min:
+        raise SystemExit(f"--beta-max {args.beta_max}: must exceed --beta-min {args.beta_min}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
