@@ -1,0 +1,586 @@
+"""NoisyGRPO: explore under noisy images, judge by how noisy they were.
+
+"NoisyGRPO: Incentivizing Multimodal CoT Reasoning via Noise Injection and Bayesian Estimation" (Qiu et al. 2025, arXiv
+2510.21122); NoisyRollout (Liu et al. 2025, 2504.13055) by `--noise-levels 0 0.5 --posterior none --anneal`.
+
+    python noisy_grpo.py                                                        # a laptop: built-in model and puzzles
+    python noisy_grpo.py --model Qwen/Qwen3-VL-4B --lora-rank 64                # one GPU
+    accelerate launch --num-processes 8 noisy_grpo.py --model Qwen/Qwen3-VL-4B  # a node
+
+Each completion of a group is sampled on its own noisy copy of the image, so that a group holds trajectories with less
+and less visual evidence. The advantage is the mean of a posterior: the noise level gives the prior (the less noise the
+better), the reward the observation, which is trusted the more the further the rewards of a group lie apart. What is
+trained is the policy on the clean image: noise decides which completions are tried, and how they are weighed.
+
+    noise        image_r = sqrt(abar_t) image + sqrt(1 - abar_t) eps, t = 1000 n_r, n_r the noise level of completion r
+    z(x)         (x - mean of its group) / (standard deviation of its group + eps)
+    likelihood   variance v_l = lik_alpha / (s^2 + lik_alpha), s the standard deviation of the group's rewards
+    posterior    A_r = z((1 - K) z(R)_r + K z(1 - n)_r), K = v_l / (prior_var + v_l)
+    ratio        rho_rt = exp(logprob_rt - old_logprob_rt), both on the clean image
+    token loss   q_rt = -min(rho_rt A_r, clip(rho_rt, 1 - clip_low, 1 + clip_high) A_r) + kl_coef k3_rt
+    loss         the mean of q over the tokens of the whole optimizer step (`loss_type` dapo; others below)
+
+The authors train with `--loss-type grpo --clip-high 0.2 --kl-coef 0.04 --group-size 4`, a frozen vision tower and a
+reward between 0 and 2 (here 0 and 1, hence a smaller s). Sampled tokens come from another distribution than the one
+that is trained, without correction: that is the method.
+
+Symbols: N prompts a step over all processes, G completions a prompt, R = N G rows, rows of a prompt together, T tokens.
+"""
+
+import contextlib
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType
+from PIL import Image
+
+from common.corruptions import rgb
+from common.data import TEMPLATE, batch_indices, build_messages, check_template, load_examples
+from common.evaluate import evaluate
+from common.forward import Scorer, micro_batches, rows_of, score_without_gradient
+from common.model import encode_prompts, load_policy, replace_images
+from common.rewards import score
+from common.rollout import decode, sample, uniform_numbers
+from common.run import Run
+
+
+@dataclass
+class Args:
+    # --- the run
+    model: str = "tiny"
+    """built-in `tiny`, a folder, or a hub id of the Qwen2-VL, Qwen2.5-VL and Qwen3-VL families"""
+    lora_rank: int = 0
+    """train adapters of this rank instead of all weights (0: all weights)"""
+    max_pixels: int = 0
+    """bound on an image's area after resizing, in pixels (0: as the checkpoint says)"""
+    data: str = ""
+    """`puzzles`, a .jsonl or .parquet file, a folder, or a hub id (default: puzzles; geometry3k for a hub model)"""
+    train_split: str = "train"
+    """split to train on"""
+    eval_split: str = "validation"
+    """split for the evaluations during training"""
+    test_split: str = "test"
+    """split for the evaluations before and after training"""
+    image_column: str = ""
+    """column that holds the images (default: found by the usual names)"""
+    question_column: str = ""
+    """column that holds the question (default: found by the usual names)"""
+    answer_column: str = ""
+    """column that holds the answer (default: found by the usual names)"""
+    kind: str = ""
+    """how answers are checked: math, int, letter, ... (default: math for data sets that do not say)"""
+    prompt_template: str = TEMPLATE
+    """what the model reads; {question} and {request} are filled in"""
+    steps: int = 300
+    """rollouts to train for"""
+    eval_every: int = 100
+    """steps between evaluations on `eval_split` (0: none)"""
+    eval_examples: int = 200
+    """examples of an evaluation during training"""
+    test_examples: int = 500
+    """examples of the evaluations before and after training (0: none)"""
+    save_every: int = 100
+    """steps between checkpoints"""
+    keep_checkpoints: int = 2
+    """newest checkpoints that are kept"""
+    out: str = ""
+    """run folder (default: runs/<script>-<model>-seed<seed>)"""
+    resume: str = ""
+    """run folder to continue"""
+    track: str = ""
+    """also log to tensorboard, wandb or trackio"""
+    seed: int = 1
+    """everything random is a function of this, the step and the row"""
+
+    # --- sampling and optimization, the same in every script
+    prompts_per_step: int = 8
+    """N: prompts of a rollout, over all processes"""
+    group_size: int = 8
+    """G: completions a prompt"""
+    max_completion_length: int = 0
+    """longest completion in tokens (default: 72 for the built-in model, else 2048)"""
+    temperature: float = 1.0
+    """sampling temperature; log-probabilities are taken at it"""
+    top_p: float = 1.0
+    """nucleus sampling; below 1 the sampled distribution is no longer the one that is trained"""
+    top_k: int = 0
+    """sample from the k likeliest tokens only (0: all), with the same caution"""
+    learning_rate: float = 0.0
+    """constant rate of AdamW (default: 3e-5 for the built-in model, else 1e-6)"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    updates_per_rollout: int = 1
+    """optimizer steps that a rollout's prompts are divided over"""
+    epochs_per_rollout: int = 1
+    """passes over a rollout"""
+    micro_batch_tokens: int = 16384
+    """tokens, prompts and padding included, of one forward and backward; lower it when memory runs out"""
+
+    # --- the method
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """divide centred rewards by the standard deviation of the group, of the whole step, or not (Dr. GRPO)"""
+    advantage_eps: float = 1e-4
+    """added to that standard deviation"""
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = "dapo"
+    """how tokens are averaged; see `token_weights`"""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """one ratio a token, or their geometric mean over the completion (GSPO)"""
+    clip_low: float = 0.2
+    """a ratio below 1 - clip_low gives a token with negative advantage no further push"""
+    clip_high: float = 0.28
+    """a ratio above 1 + clip_high gives a token with positive advantage no further push (clip-higher, DAPO)"""
+    delta: float = 0.0
+    """upper bound of the ratio where the advantage is negative; must exceed 1 + clip_high (0: none)"""
+    kl_coef: float = 0.0
+    """weight of the k3 penalty to the initial policy (0: no reference is loaded)"""
+    mask_truncated_completions: bool = False
+    """leave completions that hit the length limit out of the loss (overlong filtering, DAPO)"""
+    filter_groups: Literal["none", "reward", "accuracy"] = "none"
+    """leave groups without reward variance, or all right or all wrong, out of the loss's denominators too"""
+    noise_levels: tuple[float, ...] = (0.0, 0.3, 0.6, 0.9)
+    """noise of a group's completions, from 0 to 1, in turn"""
+    noise_draw: Literal["ladder", "uniform"] = "ladder"
+    """these levels, or each completion's own, uniform between 0 and 1"""
+    noise_images: bool = True
+    """sample on noisy images (ablation: levels count in the advantage only)"""
+    anneal: bool = False
+    """let the levels fall to 0 along a sigmoid about two thirds of the way (NoisyRollout)"""
+    update_image: Literal["clean", "noisy"] = "clean"
+    """what log-probabilities are conditioned on in training"""
+    to_bytes: Literal["clamp", "wrap"] = "clamp"
+    """noisy values beyond black and white: clamp, or wrap around as the authors' conversion does by accident"""
+    posterior: Literal["bayes", "fixed", "none"] = "bayes"
+    """weigh noise and reward by the spread of the rewards, by a fixed variance, or use rewards alone"""
+    prior_var: float = 0.1
+    """variance of the prior"""
+    lik_alpha: float = 0.01
+    """likelihood variance where all rewards agree is 1; where they spread by s it is alpha / (s^2 + alpha)"""
+    lik_var: float = 0.1
+    """likelihood variance of `--posterior fixed`"""
+    tie_mode: Literal["keep", "skip", "shrink"] = "keep"
+    """groups of equal rewards: a full gradient from the noise alone, none, or one that is not scaled up again"""
+
+    def __post_init__(self):
+        tiny = self.model == "tiny"
+        self.data = self.data or ("puzzles" if tiny else "hiyouga/geometry3k")
+        self.learning_rate = self.learning_rate or (3e-5 if tiny else 1e-6)
+        self.max_completion_length = self.max_completion_length or (72 if tiny else 2048)
+
+
+# ------------------------------------------------------------------------------------------------- the method
+
+
+def group_advantages(rewards: torch.Tensor, group_size: int, scale_rewards: str, eps: float) -> torch.Tensor:
+    """Advantages [R] float32 from rewards [R]: each row against the mean of its group (DeepSeekMath, section 4.1.2).
+
+    Statistics are in float64, and a group whose rewards agree to 1e-6 gets exactly 0: in float32 the mean of equal
+    rewards can miss them by a bit, which the division would blow up. Standard deviations divide by G - 1.
+
+    >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4, "group", 1e-4)
+    tensor([ 1.4997, -0.4999, -0.4999, -0.4999])
+    """
+    groups = rewards.double().view(-1, group_size)  # [N, G]
+    centred = groups - groups.mean(1, keepdim=True)
+    if scale_rewards == "group":
+        centred = centred / (groups.std(1, keepdim=True) + eps)
+    elif scale_rewards == "batch":
+        centred = centred / (groups.std() + eps)
+    varied = groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True) > 1e-6
+    return torch.where(varied, centred, 0).flatten().float()
+
+
+def kept_groups(rewards: torch.Tensor, accuracy: torch.Tensor, group_size: int, filter_groups: str) -> torch.Tensor:
+    """Which groups [N] bool count in the loss: those with varied rewards, or neither all right nor all wrong (DAPO)."""
+    if filter_groups == "none":
+        return torch.ones(len(rewards) // group_size, dtype=torch.bool, device=rewards.device)
+    groups = (rewards if filter_groups == "reward" else accuracy).view(-1, group_size)
+    return groups.amax(1) - groups.amin(1) > 1e-6
+
+
+def token_weights(
+    loss_mask: torch.Tensor, loss_type: str, rows: int | float, tokens: int | float, max_completion_length: int
+) -> torch.Tensor:
+    """What each token counts in the loss, [R, T] float32, 0 outside `loss_mask`.
+
+    `rows` and `tokens` are those of the whole optimizer step, over all micro-batches and processes, so that a gradient
+    does not depend on how the step is cut.
+
+        grpo           1 / (rows * tokens of the row)   a mean of row means (DeepSeekMath, eq. 3)
+        dapo, bnpo     1 / tokens                       every token alike (DAPO, eq. 8)
+        dr_grpo        1 / (rows * length limit)        a constant, also from step to step (Dr. GRPO, section 3.2)
+
+    Trainers that tell bnpo from dapo divide by the tokens of each micro-batch, so that the gradient depends on the cut;
+    where a step is one micro-batch the two agree, and that is what the name means here.
+    """
+    weights = loss_mask.float()
+    if loss_type == "grpo":
+        return weights / weights.sum(1, keepdim=True).clamp(min=1) / max(rows, 1)
+    if loss_type == "dr_grpo":
+        return weights / (max(rows, 1) * max_completion_length)
+    return weights / max(tokens, 1)
+
+
+def k3_divergence(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """Estimate of KL(policy || reference) on sampled tokens, never negative (DeepSeekMath, eq. 4): e^d - d - 1."""
+    d = (ref_logprobs - logprobs).clamp(-20, 20)
+    return d.exp() - d - 1
+
+
+def policy_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    args: Args,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clipped surrogate of each token (PPO; DeepSeekMath, eq. 3; GSPO, eq. 5) and the ratios, [R, T] float32 each.
+
+    `advantages` is [R, 1] or [R, T]. With a ratio of 1 the loss is -A and its gradient that of -A logprob.
+    """
+    log_ratio = torch.where(loss_mask, logprobs - old_logprobs, 0)
+    if args.importance_sampling_level == "sequence":
+        mean = log_ratio.sum(1, keepdim=True) / loss_mask.sum(1, keepdim=True).clamp(min=1)
+        log_ratio = mean.expand_as(log_ratio)
+    ratio = log_ratio.clamp(-20, 20).exp()
+    clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
+    bounded = ratio.clamp(max=args.delta) if args.delta else ratio
+    return -torch.minimum(bounded * advantages, clipped * advantages), ratio.detach()
+
+
+def noise_schedule() -> np.ndarray:
+    """abar [1000] float64: the share of an image's variance that is left after each step of the forward process."""
+    steps = np.arange(1000)
+    betas = (0.005 - 1e-5) / (1 + np.exp(6 - 12 * steps / 999)) + 1e-5
+    return np.cumprod(1 - betas)
+
+
+ABAR = noise_schedule()
+
+
+def noisy_bytes(values: np.ndarray, to_bytes: str) -> np.ndarray:
+    """uint8 from values about [0, 1], fractions dropped: clamped, or modulo 256."""
+    scaled = np.trunc(values * 255)
+    return (np.clip(scaled, 0, 255) if to_bytes == "clamp" else scaled % 256).astype(np.uint8)
+
+
+def noisy_image(image: Image.Image, level: float, dice: np.random.Generator, to_bytes: str) -> Image.Image:
+    """The image after step 1000 `level` of the forward process; level 0 is the image itself."""
+    if level == 0:
+        return image
+    abar = ABAR[min(int(1000 * level + 1e-9), 999)]
+    pixels = rgb(image) / 255
+    noise = dice.standard_normal(pixels.shape)
+    return Image.fromarray(noisy_bytes(np.sqrt(abar) * pixels + np.sqrt(1 - abar) * noise, to_bytes))
+
+
+def levels_of(step: int, place: int, args: Args) -> np.ndarray:
+    """Noise levels [G] float64 of the completions of one prompt."""
+    levels = np.resize(np.array(args.noise_levels), args.group_size)
+    if args.noise_draw == "uniform":
+        levels = np.random.default_rng([args.seed, step, place, 0]).random(args.group_size)
+    if args.anneal:  # NoisyRollout: steepness 30, half at two thirds
+        levels = levels * (1 - 1 / (1 + np.exp(-30 * (step + 1 - args.steps * 2 / 3) / args.steps)))
+    return levels
+
+
+def group_z(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [N, G] against its group: mean 0, and standard deviation (divisor G - 1) 1 but for `eps`; 0 where all agree."""
+    centred = x - x.mean(1, keepdim=True)
+    spread = x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
+    return torch.where(spread > 1e-6, centred / (x.std(1, keepdim=True) + eps), 0)
+
+
+def posterior_advantages(rewards: torch.Tensor, levels: torch.Tensor, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages [R] float32 of rewards [R] under noise levels [R], and the prior's weight K [N] of each group.
+
+    Posterior mean of a Gaussian prior by noise level and a Gaussian likelihood by reward, both standardized in the
+    group, standardized again (NoisyGRPO; section 2 of the released method).
+    """
+    groups = rewards.double().view(-1, args.group_size)  # [N, G]
+    prior = group_z(1 - levels.double().view_as(groups), args.advantage_eps)
+    spread = groups.std(1, keepdim=True)
+    likelihood_var = args.lik_alpha / (spread**2 + args.lik_alpha)
+    if args.posterior == "fixed":
+        likelihood_var = torch.full_like(spread, args.lik_var)
+    weight = likelihood_var / (args.prior_var + likelihood_var)  # [N, 1]
+    mean = (1 - weight) * group_z(groups, args.advantage_eps) + weight * prior
+    advantages = group_z(mean, args.advantage_eps)
+    tied = groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True) <= 1e-6
+    if args.tie_mode == "skip":
+        advantages = torch.where(tied, 0, advantages)
+    elif args.tie_mode == "shrink":
+        advantages = torch.where(tied, mean, advantages)
+    return advantages.flatten().float(), weight[:, 0].float()
+
+
+# ------------------------------------------------------------------------------------------------- the run
+
+
+def main(args: Args) -> dict:
+    # === Set up ===
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    device, processes = accelerator.device, accelerator.num_processes
+    check(args, accelerator)
+    run = Run(args, accelerator, "noisy_grpo")
+    columns = {name: getattr(args, name) for name in ("image_column", "question_column", "answer_column", "kind")}
+    train = load_examples(args.data, args.train_split, **columns)
+    held_out = load_examples(args.data, args.eval_split, limit=args.eval_examples, **columns) if args.eval_every else []
+    test = load_examples(args.data, args.test_split, limit=args.test_examples, **columns) if args.test_examples else []
+    policy = load_policy(args.model, device=device, lora_rank=args.lora_rank, max_pixels=args.max_pixels)
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    scorer = Scorer(policy, gradient_checkpointing=device.type == "cuda")
+    ddp_scorer = accelerator.prepare(scorer) if processes > 1 else scorer
+    reference = None
+    if args.kl_coef and not args.lora_rank:
+        frozen = load_policy(args.model, device=device, max_pixels=args.max_pixels, trainable=False)
+        reference = Scorer(frozen)
+    first_step = run.restore(policy, optimizer)
+
+    def accuracy_on(examples):
+        return evaluate(
+            policy,
+            examples,
+            template=args.prompt_template,
+            max_new_tokens=args.max_completion_length,
+            seed=args.seed,
+            accelerator=accelerator,
+        )
+
+    before = run.once("before", lambda: accuracy_on(test)) if args.test_examples else None
+
+    for step in range(first_step, args.steps):
+        started = time.perf_counter()
+
+        # === Sample: N prompts, G completions each ===
+        indices = batch_indices(args.seed, step, args.prompts_per_step, len(train))
+        # A process takes its share of each update's prompts: an update sees the same prompts on any number of them.
+        shares = torch.arange(args.prompts_per_step).view(args.updates_per_rollout, processes, -1)
+        places = shares[:, accelerator.process_index].flatten().tolist()
+        examples = [train[indices[place]] for place in places]
+        prompts = encode_prompts(
+            policy, [build_messages(e, args.prompt_template) for e in examples], [list(e.images) for e in examples]
+        )
+        rows = [place * args.group_size + g for place in places for g in range(args.group_size)]
+        # Every completion sees its own image: groups of one.
+        levels = np.stack([levels_of(step, place, args) for place in places])  # [N, G]
+        noisy = prompts.select([n for n in range(len(places)) for _ in range(args.group_size)])
+        if args.noise_images:
+            pictures = []
+            for (n, g), level in np.ndenumerate(levels):
+                dice = np.random.default_rng([args.seed, step, places[n], 1 + g])
+                pictures.append([noisy_image(image, level, dice, args.to_bytes) for image in examples[n].images])
+            noisy = replace_images(policy, noisy, pictures)
+        rollout = sample(
+            policy,
+            noisy,
+            1,
+            args.max_completion_length,
+            uniform_numbers(args.seed, step, rows, args.max_completion_length),
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+        )
+        ids, mask = rollout.completion_ids, rollout.completion_mask  # [R, T]
+        completions = decode(policy, rollout)
+        sampled = time.perf_counter()
+
+        # === Reward: one number a row ===
+        asked = [e for e in examples for _ in range(args.group_size)]  # rows of a prompt stand together
+        accuracy, verdicts = score(completions, asked)
+        accuracy = torch.tensor(accuracy, device=device)  # [R]
+        rewards = accuracy
+
+        # === Advantage: each row against its group ===
+        mine = slice(accelerator.process_index * len(rows), (accelerator.process_index + 1) * len(rows))
+        all_rewards = accelerator.gather(rewards)
+        advantages = group_advantages(all_rewards, args.group_size, args.scale_rewards, args.advantage_eps)[mine]
+        all_levels = accelerator.gather(torch.from_numpy(levels).float().flatten().to(device))
+        prior_weights = torch.zeros(args.prompts_per_step)
+        if args.posterior != "none":
+            advantages, prior_weights = posterior_advantages(all_rewards, all_levels, args)
+            advantages = advantages[mine]
+        kept = kept_groups(rewards, accuracy, args.group_size, args.filter_groups)  # [N] groups that count
+        loss_mask = mask & kept.repeat_interleave(args.group_size)[:, None]  # [R, T]
+        if args.mask_truncated_completions:
+            loss_mask = loss_mask & rollout.ended[:, None]
+
+        # Without a penalty a group of equal rewards has no gradient: it counts in the means but is not scored.
+        trained = kept
+        if not args.kl_coef:
+            trained = kept & (advantages.view(-1, args.group_size) != 0).any(1)
+        trained = trained & loss_mask.view(len(trained), -1).any(1)  # [N]
+
+        # === Views: everything else that the loss compares the scores with ===
+        updates = args.updates_per_rollout * args.epochs_per_rollout
+        score_rows = dict(
+            group_size=args.group_size, temperature=args.temperature, micro_batch_tokens=args.micro_batch_tokens
+        )
+        seen, wanted = prompts, trained
+        if args.update_image == "noisy":
+            seen, wanted = noisy, trained.repeat_interleave(args.group_size)
+            score_rows["group_size"] = 1
+        old_logprobs = ref_logprobs = None
+        if updates > 1:
+            old_logprobs = score_without_gradient(scorer, seen, ids, mask, wanted, **score_rows)
+        if args.kl_coef:
+            with policy.model.disable_adapter() if args.lora_rank else contextlib.nullcontext():
+                ref_logprobs = score_without_gradient(reference or scorer, seen, ids, mask, wanted, **score_rows)
+
+        # === Update ===
+        sums = dict.fromkeys(("loss", "entropy", "kl", "clip_low", "clip_high", "scored"), 0.0)
+        grad_norms, skipped = [], 0
+        for update in range(updates):
+            share = len(examples) // args.updates_per_rollout
+            first = update % args.updates_per_rollout * share
+            chosen = rows_of(range(first, first + share), args.group_size)
+            # The means' denominators, over all processes; every process then makes at least one backward call.
+            counts = torch.stack(
+                [
+                    kept[first : first + share].sum() * args.group_size,
+                    loss_mask[chosen].sum(),
+                    trained[first : first + share].sum(),
+                ]
+            )
+            total_rows, total_tokens, total_trained = accelerator.reduce(counts).tolist()
+            if not total_trained:
+                skipped += 1
+                continue
+            groups = [n for n in range(first, first + share) if trained[n]] or [first]
+            width = prompts.input_ids.shape[1]
+            batches = list(
+                micro_batches(mask[rows_of(groups, args.group_size)], width, args.group_size, args.micro_batch_tokens)
+            )
+            for number, batch in enumerate(batches):
+                members = [groups[n] for n in batch]
+                own = rows_of(members, args.group_size)
+                length = int(mask[own].sum(1).max())
+                own_mask = loss_mask[own, :length] & trained[members].repeat_interleave(args.group_size)[:, None]
+                last = number == len(batches) - 1
+                with contextlib.nullcontext() if last or processes == 1 else accelerator.no_sync(ddp_scorer):
+                    scores = ddp_scorer(
+                        seen.select(members if seen is prompts else own),
+                        ids[own, :length],
+                        mask[own, :length],
+                        args.temperature,
+                    )
+                    old = scores.logprobs.detach() if old_logprobs is None else old_logprobs[own, :length]
+                    losses, ratio = policy_loss(scores.logprobs, old, advantages[own, None], own_mask, args)
+                    if ref_logprobs is not None:
+                        kl = k3_divergence(scores.logprobs, ref_logprobs[own, :length])
+                        losses = losses + args.kl_coef * kl
+                        sums["kl"] += kl.detach()[own_mask].sum()
+                    weights = token_weights(
+                        own_mask, args.loss_type, total_rows, total_tokens, args.max_completion_length
+                    )
+                    loss = (torch.where(own_mask, losses, 0) * weights).sum()
+                    accelerator.backward(loss * processes)  # gradients are averaged over processes, the loss is a sum
+                positive = advantages[own, None] > 0
+                sums["loss"] += loss.detach()
+                sums["scored"] += own_mask.sum()
+                sums["entropy"] += scores.entropy[own_mask].sum()
+                sums["clip_low"] += ((ratio < 1 - args.clip_low) & ~positive & own_mask).sum()
+                sums["clip_high"] += ((ratio > 1 + args.clip_high) & positive & own_mask).sum()
+            grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+            if run.check_gradients(grad_norm):
+                optimizer.step()
+                grad_norms.append(float(grad_norm))
+            optimizer.zero_grad()
+
+        # === Log ===
+        lengths = mask.sum(1)
+        varied = (advantages.view(-1, args.group_size) != 0).any(1)
+        local = {"right": accuracy.sum(), "varied": varied.sum(), "tokens": lengths.sum(), "ended": rollout.ended.sum()}
+        local |= sums
+        values = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in local.values()])
+        totals = dict(zip(local, accelerator.reduce(values).tolist(), strict=True))
+        all_rows, scored = len(all_rewards), totals["scored"] or float("nan")
+        seconds = time.perf_counter() - started
+        metrics = {
+            "reward": float(all_rewards.mean()),
+            "reward_std": float(all_rewards.view(-1, args.group_size).std(1).mean()),
+            "accuracy": totals["right"] / all_rows,
+            "frac_reward_zero_std": 1 - totals["varied"] / args.prompts_per_step,
+            "completions/mean_length": totals["tokens"] / all_rows,
+            "completions/clipped_ratio": 1 - totals["ended"] / all_rows,
+            "loss": totals["loss"] / updates,
+            "entropy": totals["entropy"] / scored,
+            "kl": totals["kl"] / scored,
+            "clip_ratio/low_mean": totals["clip_low"] / scored,
+            "clip_ratio/high_mean": totals["clip_high"] / scored,
+            "grad_norm": sum(grad_norms) / len(grad_norms) if grad_norms else float("nan"),
+            "updates_skipped": skipped,
+            "lr": args.learning_rate,
+            "tokens_per_second": totals["tokens"] / seconds,
+            "seconds": seconds,
+            "seconds/sample": sampled - started,
+            **{f"verdicts/{name}": count for name, count in verdicts.items()},
+        }
+        groups = all_rewards.view(-1, args.group_size)
+        metrics |= {
+            "prior_weight": float(prior_weights.mean()),
+            "frac_tied": float((groups.amax(1) - groups.amin(1) <= 1e-6).float().mean()),
+        }
+        all_advantages = accelerator.gather(advantages)
+        for level in all_levels.unique().tolist() if args.noise_draw == "ladder" else ():
+            metrics[f"noise/{level:.2f}/reward"] = float(all_rewards[all_levels == level].mean())
+            metrics[f"noise/{level:.2f}/advantage"] = float(all_advantages[all_levels == level].mean())
+        if args.eval_every and (step + 1) % args.eval_every == 0:
+            metrics["eval/accuracy"] = accuracy_on(held_out)["accuracy"]
+        run.log(step, metrics)
+        run.show(
+            step,
+            [
+                {
+                    "question": asked[r].question,
+                    "completion": completions[r],
+                    "answer": asked[r].answer,
+                    "reward": float(rewards[r]),
+                    "advantage": float(advantages[r]),
+                }
+                for r in range(args.group_size)
+            ],
+        )
+
+        # === Save ===
+        stopping = run.should_stop()
+        if stopping or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            run.save(step + 1, policy, optimizer)
+        if stopping:
+            return run.stopped(step + 1)
+
+    after = accuracy_on(test) if args.test_examples else None
+    return run.finish({"before": before, "after": after})
+
+
+def check(args: Args, accelerator: Accelerator) -> None:
+    """Stop with one line before anything long starts."""
+    processes, kind = accelerator.num_processes, accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise SystemExit(f"accelerate is configured for {kind.value}: only plain data parallelism is supported so far")
+    args.prompt_template = check_template(args.prompt_template)
+    if args.group_size < 2:
+        raise SystemExit(f"--group-size {args.group_size}: a group of at least 2 is compared with itself")
+    if args.prompts_per_step % (processes * args.updates_per_rollout):
+        raise SystemExit(
+            f"--prompts-per-step {args.prompts_per_step}: must be a multiple of {processes} processes times "
+            f"--updates-per-rollout {args.updates_per_rollout}"
+        )
+    if args.delta and args.delta <= 1 + args.clip_high:
+        raise SystemExit(f"--delta {args.delta}: must exceed 1 + --clip-high {args.clip_high}")
+    if args.temperature <= 0:
+        raise SystemExit(f"--temperature {args.temperature}: must be above 0 to explore")
+    if not args.noise_levels or not all(0 <= level <= 1 for level in args.noise_levels):
+        raise SystemExit(f"--noise-levels {' '.join(map(str, args.noise_levels))}: each must be from 0 to 1")
+    for name in ("prior_var", "lik_alpha", "lik_var"):
+        if getattr(args, name) <= 0:
+            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
