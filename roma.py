@@ -139,9 +139,9 @@ class Args:
     """leave groups without reward variance, or all right or all wrong, out of the loss's denominators too"""
     num_views: int = 2
     """K: corrupted views of each prompt's images"""
-    kl_view_coef: float = 0.1
+    kl_view_coef: float = 0.3
     """weight of the divergence of the worst view from the clean one (0: no such term)"""
-    aux_coef: float = 0.1
+    aux_coef: float = 0.3
     """weight of the policy gradient on one view (0: no such term)"""
     kl_worst_case: Literal["token", "sequence", "mean"] = "token"
     """which view counts: the worst at each token, the worst for the completion, or (ablation) the mean over views"""
