@@ -37,6 +37,7 @@ BAD_STEPS_IN_A_ROW = 5
 # What may change between a run and its continuation; anything else would make it another run.
 MAY_CHANGE = {"resume", "out", "steps", "track", "save_every", "keep_checkpoints", "micro_batch_tokens"}
 MAY_CHANGE |= {"eval_every", "eval_examples"}
+UNTIL_EXIT = []  # what must not be freed earlier
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -303,6 +304,9 @@ class Run:
         """End progress bar, tracker and process group; signals do again what they did before the run."""
         if self.bar:
             self.bar.close()
+        if torch.distributed.is_initialized():
+            # DDP would free the group while it holds the interpreter's lock, which a thread of the group may wait for.
+            UNTIL_EXIT.append(torch.distributed.group.WORLD)
         self.accelerator.end_training()  # without it, processes may abort at exit while others still talk to them
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
