@@ -41,7 +41,13 @@ def main(options: Options) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            import imagecorruptions.corruptions as package
             from imagecorruptions import corrupt as peer
+
+            smooth = package.gaussian  # newer versions of scikit-image have renamed an argument
+            package.gaussian = lambda x, sigma, multichannel=False, **options: smooth(
+                x, sigma, channel_axis=-1 if multichannel else None, **options
+            )
     except ImportError:
         peer = None
         print("imagecorruptions is not installed: ours alone")
