@@ -376,7 +376,7 @@ def main(args: Args) -> dict:
         lengths = mask.sum(1)
         varied = (advantages.view(-1, args.group_size) != 0).any(1)
         local = {"right": accuracy.sum(), "varied": varied.sum(), "tokens": lengths.sum(), "ended": rollout.ended.sum()}
-        local |= sums
+        local |= sums | {f"verdicts/{status}": count for status, count in verdicts.items()}
         values = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in local.values()])
         totals = dict(zip(local, accelerator.reduce(values).tolist(), strict=True))
         all_rows, scored = len(all_rewards), totals["scored"] or float("nan")
@@ -399,7 +399,7 @@ def main(args: Args) -> dict:
             "tokens_per_second": totals["tokens"] / seconds,
             "seconds": seconds,
             "seconds/sample": sampled - started,
-            **{f"verdicts/{name}": count for name, count in verdicts.items()},
+            **{name: totals[name] for name in (f"verdicts/{status}" for status in verdicts) if totals[name]},
         }
         if args.eval_every and (step + 1) % args.eval_every == 0:
             metrics["eval/accuracy"] = accuracy_on(held_out)["accuracy"]

@@ -471,7 +471,7 @@ def main(args: Args) -> dict:
         lengths = mask.sum(1)
         varied = (advantages.view(-1, args.group_size) != 0).any(1)
         local = {"right": accuracy.sum(), "varied": varied.sum(), "tokens": lengths.sum(), "ended": rollout.ended.sum()}
-        local |= sums
+        local |= sums | {f"verdicts/{status}": count for status, count in verdicts.items()}
         scored_mask = loss_mask & trained.repeat_interleave(args.group_size)[:, None]
         half = torch.arange(ids.shape[1], device=device) >= lengths[:, None] / 2  # the later half of each completion
         local |= {"cosine": focus["cosine"][scored_mask].sum(), "gated": focus["gate"][scored_mask].sum()}
@@ -509,7 +509,7 @@ def main(args: Args) -> dict:
             "tokens_per_second": totals["tokens"] / seconds,
             "seconds": seconds,
             "seconds/sample": sampled - started,
-            **{f"verdicts/{name}": count for name, count in verdicts.items()},
+            **{name: totals[name] for name in (f"verdicts/{status}" for status in verdicts) if totals[name]},
         }
         mean = lambda name, totals=totals: totals[name] / max(totals[f"{name}/tokens"], 1)
         metrics |= {

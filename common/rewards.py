@@ -62,12 +62,12 @@ def check(
 def score(completions: Sequence[str], examples: Sequence) -> tuple[list[float], dict[str, int]]:
     """Verdicts 0.0 or 1.0 of completions, and how often each status came up. Example i belongs to completion i.
 
-    Examples have `answer`, `kind` and `choices`. Statuses that did not come up are left out of the counts.
+    Examples have `answer`, `kind` and `choices`.
     """
     _worker.timeouts = 0
     verdicts = [check(text, e.answer, e.kind, e.choices) for text, e in zip(completions, examples, strict=True)]
     counts = Counter(verdict.status for verdict in verdicts)
-    return [float(verdict.correct) for verdict in verdicts], {s: counts[s] for s in STATUSES if counts[s]}
+    return [float(verdict.correct) for verdict in verdicts], {status: counts[status] for status in STATUSES}
 
 
 def prepare_gold(gold, kind: str, choices: Sequence[str] | None = None) -> str:

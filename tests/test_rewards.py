@@ -200,7 +200,7 @@ def test_score_counts_what_came_up():
     examples = [SimpleNamespace(answer=a, kind="int", choices=None) for a in ("3", "3", "4", "4")]
     verdicts, counts = score([answer("3"), "none", answer("3 or 4"), answer("4")], examples)
     assert verdicts == [1.0, 0.0, 0.0, 1.0]
-    assert counts == {"ok": 2, "no_answer": 1, "unparsed": 1}
+    assert {status: count for status, count in counts.items() if count} == {"ok": 2, "no_answer": 1, "unparsed": 1}
 
 
 def test_swapping_golds_moves_exactly_the_verdicts_of_their_rows():
