@@ -20,6 +20,7 @@ import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ import tyro
 from PIL import Image, ImageDraw, ImageFile
 from scipy import ndimage
 from scipy.fft import irfft2, next_fast_len, rfft2
+from scipy.special import ndtri, pdtr
 
 # For training (ROMA) and evaluation; and for evaluation only. Disjoint by name. Seen: noise, blur, low resolution,
 # compression; unseen: one of every family of ImageNet-C.
@@ -185,31 +187,51 @@ def unit(pixels: np.ndarray) -> np.ndarray:
 # ----------------------------------------------------------- noise: (pixels uint8, constant, dice) -> pixels or [0, 1]
 
 
+def words(dice: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Random uint16: places in tables of equally likely outcomes, which is many times faster than drawing from a
+    distribution, and finer than 8 bits show."""
+    count = math.prod(shape)
+    return dice.bit_generator.random_raw(-(-count // 4)).astype("<u8", copy=False).view("<u2")[:count].reshape(shape)
+
+
+@cache
+def normal_table() -> np.ndarray:
+    """65,536 equally likely numbers that together are a standard normal distribution."""
+    return ndtri((np.arange(65536) + 0.5) / 65536)
+
+
 def gaussian_noise(pixels, std, dice):
-    noise = dice.standard_normal(pixels.shape, dtype=np.float32)
-    noise *= np.float32(std)
-    noise += unit(pixels)
-    return noise
+    steps = np.floor(255 * std * normal_table()).astype(np.int16)  # pixels are whole: only whole steps show
+    noisy = steps.take(words(dice, pixels.shape))
+    noisy += pixels
+    return np.clip(noisy, 0, 255, out=noisy).astype(np.uint8)
 
 
 def shot_noise(pixels, rate, dice):
-    return dice.poisson(unit(pixels) * rate) / np.float32(rate)
+    table = shot_table(rate)
+    places = pixels.astype(np.int32) * table.shape[1]
+    places += words(dice, pixels.shape) % np.uint16(table.shape[1])
+    return table.ravel().take(places)
+
+
+@lru_cache(5)
+def shot_table(rate: float, size: int = 2**14) -> np.ndarray:
+    """What each of the 256 levels becomes, [256, size] equally likely outcomes: photons, Poisson, `rate` in white."""
+    counts = np.arange(math.ceil(rate + 10 * math.sqrt(rate)) + 10)
+    ends = np.rint(size * pdtr(counts, rate * np.arange(256)[:, None] / 255)).astype(int)  # [256, counts]
+    ends[:, -1] = size
+    return np.repeat(np.tile(to_bytes(counts / rate), 256), np.diff(ends, axis=1, prepend=0).ravel()).reshape(256, size)
 
 
 def impulse_noise(pixels, share, dice):
-    draw = dice.random(pixels.shape, dtype=np.float32)
-    result = pixels.copy()
-    result[draw < share / 2] = 0
-    result[draw >= 1 - share / 2] = 255
-    return result
+    draw, half = words(dice, pixels.shape), round(65536 * share / 2)
+    return np.where(draw < half, np.uint8(0), np.where(draw >= 65536 - half, np.uint8(255), pixels))
 
 
 def speckle_noise(pixels, std, dice):
-    noise = dice.standard_normal(pixels.shape, dtype=np.float32)
-    noise *= np.float32(std)
-    noise += 1
-    noise *= unit(pixels)
-    return noise
+    noisy = (1 + std * normal_table()).astype(np.float32).take(words(dice, pixels.shape))
+    noisy *= pixels
+    return np.clip(noisy, 0, 255, out=noisy).astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------- blur
@@ -356,10 +378,10 @@ def frost_texture(height: int, width: int, dice: np.random.Generator) -> np.ndar
 def fog(pixels, constant, dice):
     amount, decay = constant
     height, width, _ = pixels.shape
-    u = unit(pixels)
-    brightest = float(u.max())
-    u = u + np.float32(amount) * fractal(max(height, width), decay, dice)[:height, :width, None]
-    return u * np.float32(brightest / (brightest + amount))
+    brightest = float(pixels.max()) / 255
+    dim = np.float32(brightest / (brightest + amount))
+    fog = fractal(max(height, width), decay, dice)[:height, :width] * (dim * np.float32(amount))
+    return pixels * (dim / np.float32(255)) + fog[..., None]
 
 
 def fractal(size: int, decay: float, dice: np.random.Generator) -> np.ndarray:
@@ -376,8 +398,10 @@ def fractal(size: int, decay: float, dice: np.random.Generator) -> np.ndarray:
         corners = heights[::step, ::step]
 
         def perturbed(total, amplitude=amplitude):
-            noise = dice.random(total.shape, dtype=np.float32)
-            return total / 4 + (noise * 2 - 1) * np.float32(amplitude)
+            noise = words(dice, total.shape) * np.float32(amplitude / 32768)
+            noise += total * np.float32(0.25)
+            noise -= np.float32(amplitude)
+            return noise
 
         pairs = corners + np.roll(corners, -1, 0)
         centres = perturbed(pairs + np.roll(pairs, -1, 1))
@@ -415,31 +439,42 @@ def spatter(pixels, constant, dice):
 
 def brightness(pixels, added, dice):
     # Raising the value of HSV keeps hue and saturation: all three channels grow by one factor.
-    u = unit(pixels)
-    value = u.max(-1, keepdims=True)
-    target = np.minimum(value + np.float32(added), 1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(value > 0, u * (target / value), target)
+    levels = np.arange(256, dtype=np.float64)
+    target = np.minimum(levels + 255 * added, 255)
+    value = extremes(pixels)[0]
+    brighter = pixels * (target / np.maximum(levels, 1)).astype(np.float32).take(value)[..., None]
+    brighter[value == 0] = target[0]
+    return np.clip(brighter, 0, 255, out=brighter).astype(np.uint8)
 
 
 def contrast(pixels, factor, dice):
-    u = unit(pixels)
-    mean = u.mean((0, 1), keepdims=True, dtype=np.float64).astype(np.float32)
-    return (u - mean) * np.float32(factor) + mean
+    image, levels = Image.fromarray(pixels), np.arange(256)
+    counts = np.reshape(image.histogram(), (3, 256))
+    means = counts @ levels / counts.sum(1)  # [3]
+    return np.asarray(
+        image.point(to_bytes(((levels - means[:, None]) * factor + means[:, None]) / 255).ravel().tolist())
+    )
 
 
 def saturate(pixels, constant, dice):
     factor, added = constant
-    # With the value V fixed, a channel is V - V S w, where w in [0, 1] is its place between the channels' extremes.
-    u = unit(pixels)
-    value = u.max(-1, keepdims=True)
-    spread = value - u.min(-1, keepdims=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        saturation = np.where(value > 0, spread / value, 0)
-        place = np.where(spread > 0, (value - u) / spread, 0)
-    # A grey pixel has hue 0, red, in the authors' HSV; saturation that is added colours it.
-    place = np.where(spread > 0, place, np.array([0, 1, 1], np.float32))
-    return value - value * np.clip(saturation * np.float32(factor) + np.float32(added), 0, 1) * place
+    # In HSV with the value V fixed and m the least channel, S = (V - m) / V: a channel's distance V - x below the
+    # value grows by S' / S.
+    value, least = extremes(pixels)
+    v, m = np.arange(256.0)[:, None], np.arange(256.0)
+    spread = np.maximum(v - m, 1)
+    growth = np.clip((v - m) / np.maximum(v, 1) * factor + added, 0, 1) * v / spread  # [256, 256]
+    top = value[..., None].astype(np.float32)
+    result = top - (top - pixels) * growth.astype(np.float32).take(value * np.int32(256) + least)[..., None]
+    if added:  # a grey pixel has hue 0, red, in the authors' HSV; saturation that is added colours it
+        result[..., 1:][value == least] = (value[value == least] * np.float32(1 - added))[:, None]
+    return np.clip(result, 0, 255, out=result).astype(np.uint8)
+
+
+def extremes(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The largest and the least channel [H, W] uint8 of each pixel."""
+    red, green, blue = np.moveaxis(pixels, -1, 0)
+    return np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
 
 
 def pixelate(pixels, factor, dice):

@@ -106,6 +106,25 @@ def test_shot_noise_has_poisson_mean_and_variance():
     assert abs(noisy.var() / (level / rate) - 1) < 0.05
 
 
+@pytest.mark.parametrize("rate", [3, 60, 250])
+def test_shot_noise_has_poissons_distribution_at_every_level(rate):
+    table = corruptions.shot_table(rate)
+    for level in (0, 1, 50, 255):
+        photons = np.arange(4 * rate + 40)
+        expected = np.zeros(256)
+        np.add.at(expected, np.minimum(photons * 255 // rate, 255), stats.poisson(rate * level / 255).pmf(photons))
+        share = np.bincount(table[level], minlength=256) / table.shape[1]
+        assert np.abs(share - expected).max() < 1.01 / table.shape[1]
+
+
+def test_tabled_normal_numbers_are_normal():
+    table = corruptions.normal_table()
+    assert abs(table.mean()) < 1e-9 and abs(table.std() - 1) < 2e-5
+    assert stats.kstest(table, "norm").statistic < 1e-5
+    drawn = corruptions.words(np.random.default_rng(0), (1001, 101))
+    assert drawn.shape == (1001, 101) and stats.kstest(drawn.ravel() / 65536, "uniform").pvalue > 0.01
+
+
 def test_impulse_noise_replaces_its_share_evenly():
     noisy = np.asarray(corrupt(grey([[0.5]], (300, 300)), "impulse_noise", 5, 0))
     assert abs((noisy == 0).mean() - 0.135) < 0.003 and abs((noisy == 255).mean() - 0.135) < 0.003
