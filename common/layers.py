@@ -11,40 +11,29 @@ import torch
 # Up to this many attention scores (float32: 32 MiB) plain matrix products beat the CPU's fused kernel; above, memory.
 PLAIN_SCORES = 2**23
 
-Linear = Callable[[torch.Tensor], torch.Tensor]
-
 
 def decoder_layer(
     layer: torch.nn.Module,
     hidden: torch.Tensor,
     rotary: tuple[torch.Tensor, torch.Tensor],
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-    qkv: Linear | None = None,
-    gate_up: Linear | None = None,
 ) -> torch.Tensor:
     """The layer's output [B, T, H] for hidden states [B, T, H].
 
     `rotary` holds cosines and signed sines [B, T, D]; `attend` takes rotated queries [B, heads, T, D], keys and values
-    [B, key heads, T, D], and returns what the queries gather, [B, heads, T, D]. `qkv` and `gate_up` may stand for the
-    layer's own projections, their outputs side by side (see `fused`).
+    [B, key heads, T, D], and returns what the queries gather, [B, heads, T, D].
     """
     attention, mlp = layer.self_attn, layer.mlp
-    size = attention.head_dim
     x = rms_norm(hidden, layer.input_layernorm)
-    if qkv is None:
-        parts = [attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)]
-    else:
-        key_size = attention.config.num_key_value_heads * size
-        parts = qkv(x).split([attention.config.num_attention_heads * size, key_size, key_size], dim=-1)
-    q, k, v = (part.unflatten(-1, (-1, size)) for part in parts)  # [B, T, heads, D]
+    parts = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+    q, k, v = (part.unflatten(-1, (-1, attention.head_dim)) for part in parts)  # [B, T, heads, D]
     if hasattr(attention, "q_norm"):  # Qwen3
         q, k = rms_norm(q, attention.q_norm), rms_norm(k, attention.k_norm)
     q, k = rotate(q, *rotary), rotate(k, *rotary)
     gathered = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     hidden = hidden + attention.o_proj(gathered.transpose(1, 2).flatten(2))
     x = rms_norm(hidden, layer.post_attention_layernorm)
-    gate, up = (mlp.gate_proj(x), mlp.up_proj(x)) if gate_up is None else gate_up(x).chunk(2, dim=-1)
-    return hidden + mlp.down_proj(mlp.act_fn(gate) * up)
+    return hidden + mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
 
 
 def attention(
@@ -81,10 +70,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.addcmul(x * cos[:, :, None], x.roll(x.shape[-1] // 2, -1), sin[:, :, None])
 
 
-def fused(*linears: torch.nn.Module) -> Linear | None:
-    """Several linear maps of the same input as one, their outputs side by side; None where one carries an adapter."""
+def fused(*linears: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Several linear maps of the same input, their outputs side by side: one product, unless one carries an adapter."""
     if not all(type(linear) is torch.nn.Linear for linear in linears):
-        return None
+        return lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
     weight = torch.cat([linear.weight for linear in linears])
     if torch.is_autocast_enabled(weight.device.type):
         weight = weight.to(torch.get_autocast_dtype(weight.device.type))

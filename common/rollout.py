@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from common.forward import Prefix, forward_prompts
-from common.layers import attention, decoder_layer, fused, rms_norm, rotary_tables
+from common.layers import attention, fused, rms_norm, rotary_tables
 from common.model import Policy, Prompts
 
 # Ended rows are looked for every so many tokens, which costs a wait for the device, and are dropped when a quarter of
@@ -136,16 +136,17 @@ def draw_tokens(
 class Decoder:
     """The language model, laid out for one token a row at a time behind forwarded prompts.
 
-    The weights are the model's, the operations fewer and larger: queries, keys and values come from one matrix product,
-    gate and up from another, and the rotary tables are computed once. Keys and values are written in place.
+    `common.layers.decoder_layer` with the model's weights in fewer and larger operations, for with one token a row the
+    operations' number costs as much as their arithmetic: queries, keys and values come from one matrix product, gate
+    and up from another; the norms' weights and the scale of the scores lie in the rotary tables, which are computed
+    once. Keys and values are written in place.
     """
 
     def __init__(self, model: torch.nn.Module, prefix: Prefix, group_size: int, max_new_tokens: int):
         self.text = model.model.language_model
-        self.projections = []
-        for layer in self.text.layers:
-            a, m = layer.self_attn, layer.mlp
-            self.projections.append((fused(a.q_proj, a.k_proj, a.v_proj), fused(m.gate_proj, m.up_proj)))
+        attentions, mlps = zip(*((layer.self_attn, layer.mlp) for layer in self.text.layers), strict=True)
+        self.qkv = [fused(a.q_proj, a.k_proj, a.v_proj) for a in attentions]
+        self.gate_up = [fused(m.gate_proj, m.up_proj) for m in mlps]
         self.caches = []  # a layer: [2, A, key heads, P + T, D], keys and values
         for keys, values in zip(prefix.keys, prefix.values, strict=True):
             # Under autocast keys may come in float32, but attention computes in the values' precision.
@@ -156,35 +157,60 @@ class Decoder:
             self.caches.append(cache)
         self.positions = prefix.next_positions.repeat_interleave(group_size)  # [A] of the next token
         every = torch.arange(int(self.positions.max()) + max_new_tokens, device=self.positions.device)
-        self.rotary = [table[0, :, None] for table in rotary_tables(self.text, every.expand(3, 1, -1))]  # [S, 1, D]
+        cos, sin = (table[0, :, None, None] for table in rotary_tables(self.text, every.expand(3, 1, -1)))
+        weights = torch.stack([head_weights(a) for a in attentions])  # [layers, query and key heads, D]
+        # Rotating rolls the heads by half, and their weights with them.
+        self.rotary = torch.stack([cos * weights, sin * weights.roll(cos.shape[-1] // 2, -1)], 1)  # [S, 2, layers, ...]
         padded = not bool(prefix.attention_mask.all())
         self.prompt_mask = prefix.attention_mask.repeat_interleave(group_size, dim=0) if padded else None  # [A, P]
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Feed one token a row [A]; returns the hidden states [A, H] that predict the next."""
-        hidden = self.text.embed_tokens(tokens[:, None])  # [A, 1, H]
-        rotary = [table[self.positions] for table in self.rotary]  # [A, 1, D] twice
+        hidden = self.text.embed_tokens(tokens)  # [A, H]
+        cosines, sines = self.rotary.index_select(0, self.positions).unbind(1)  # [A, layers, query and key heads, D]
         self.positions = self.positions + 1
         at, self.length = self.length, self.length + 1
         mask = None
         if self.prompt_mask is not None:
             mask = torch.nn.functional.pad(self.prompt_mask, (0, self.length - self.prompt_mask.shape[1]), value=True)
             mask = mask[:, None, None]  # [A, 1, 1, P + t]
-        for layer, cache, projections in zip(self.text.layers, self.caches, self.projections, strict=True):
-
-            def attend(q, k, v, layer=layer, cache=cache):
-                cache[0, :, :, at], cache[1, :, :, at] = k[:, :, 0], v[:, :, 0]
-                keys, values = cache[:, :, :, : self.length]
-                return attention(q, keys, values, mask, layer.self_attn.scaling)
-
-            hidden = decoder_layer(layer, hidden, rotary, attend, *projections)
-        return rms_norm(hidden, self.text.norm)[:, 0]
+        for number, (layer, cache) in enumerate(zip(self.text.layers, self.caches, strict=True)):
+            heads = self.qkv[number](rms_norm(hidden, layer.input_layernorm))
+            heads = heads.unflatten(-1, (-1, layer.self_attn.head_dim))  # [A, query, key and value heads, D]
+            rotated = heads[:, : cosines.shape[2]]
+            if hasattr(layer.self_attn, "q_norm"):  # Qwen3
+                eps = layer.self_attn.q_norm.variance_epsilon
+                rotated = torch.nn.functional.rms_norm(rotated, rotated.shape[-1:], None, eps)
+            rolled = rotated.roll(rotated.shape[-1] // 2, -1)
+            rotated = torch.addcmul(rotated * cosines[:, number], rolled, sines[:, number])
+            q, k = rotated.split([rotated.shape[1] - cache.shape[2], cache.shape[2]], dim=1)
+            cache[0, :, :, at], cache[1, :, :, at] = k, heads[:, cosines.shape[2] :]
+            keys, values = cache[:, :, :, : self.length]
+            gathered = attention(q[:, :, None], keys, values, mask, 1.0)  # [A, query heads, 1, D]
+            hidden = hidden + layer.self_attn.o_proj(gathered.flatten(1))
+            gate, up = self.gate_up[number](rms_norm(hidden, layer.post_attention_layernorm)).chunk(2, dim=-1)
+            hidden = hidden + layer.mlp.down_proj(layer.mlp.act_fn(gate) * up)
+        return rms_norm(hidden, self.text.norm)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Keep only `rows` [A'] of the rows in flight."""
         self.caches = [cache[:, rows] for cache in self.caches]
         self.positions = self.positions[rows]
         self.prompt_mask = None if self.prompt_mask is None else self.prompt_mask[rows]
+
+
+def head_weights(attention: torch.nn.Module) -> torch.Tensor:
+    """What a layer's normalized query and key heads are multiplied by, [query and key heads, D] float32: the weights of
+    their norms (Qwen3; else 1), and for the queries the scale of the attention scores."""
+    config, size = attention.config, attention.head_dim
+    queries = torch.full((config.num_attention_heads, size), attention.scaling)
+    keys = torch.ones(config.num_key_value_heads, size)
+    device = attention.o_proj.weight.device
+    weights = torch.cat([queries, keys]).to(device)
+    if hasattr(attention, "q_norm"):
+        norms = attention.q_norm.weight.expand(queries.shape), attention.k_norm.weight.expand(keys.shape)
+        weights = weights * torch.cat(norms).float()
+    return weights
 
 
 def decode(policy: Policy, rollout: Rollout) -> list[str]:
