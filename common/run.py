@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from common.model import Policy, load_policy, save_policy
+from common.plot import plot_learning_curve
 
 BAD_STEPS_IN_A_ROW = 5
 # What may change between a run and its continuation; anything else would make it another run.
@@ -405,57 +406,3 @@ def drop_lines_from(path: Path, step: int) -> None:
             if json.loads(line)["step"] < step:
                 kept.append(line + "\n")
     write(path, "".join(kept))
-
-
-def plot_learning_curve(folder: Path) -> None:
-    """learning_curve.png from metrics.jsonl: reward and accuracy, completion length, entropy."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    file = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    if not lines:
-        return
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    steps = [line["step"] + 1 for line in lines]
-    for axis, name, label in zip(
-        axes, ("reward", "completions/mean_length", "entropy"), ("mean reward", "tokens", "nats a token"), strict=True
-    ):
-        values = [float("nan") if line[name] is None else line[name] for line in lines]
-        axis.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
-        axis.plot(steps, smooth(values), color="tab:blue", label={"reward": "training reward"}.get(name))
-        axis.set_xlabel("step")
-        axis.set_ylabel(label)
-        axis.set_title(
-            {"completions/mean_length": "completion length", "reward": "reward and accuracy"}.get(name, name)
-        )
-        axis.grid(alpha=0.3)
-    held_out = [(line["step"] + 1, line["eval/accuracy"]) for line in lines if "eval/accuracy" in line]
-    if held_out:
-        axes[0].plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held-out accuracy (greedy)")
-    for name, place in (("before", 0), ("after", steps[-1])):
-        file = folder / "evaluations" / f"{name}.json"
-        if file.is_file():
-            result = json.loads(file.read_text())
-            below, above = result["accuracy"] - result["ci_low"], result["ci_high"] - result["accuracy"]
-            spread = [[max(0.0, below)], [max(0.0, above)]]  # rounding can make an interval miss its own 0 or 1
-            label = "test accuracy before, after (greedy)" if name == "before" else None
-            axes[0].errorbar(place, result["accuracy"], yerr=spread, fmt="s", color="tab:green", capsize=3, label=label)
-    low, high = axes[0].get_ylim()
-    axes[0].set_ylim(min(low, -0.02), max(high, 1.02))  # accuracies fill 0 to 1; a reward may reach beyond
-    axes[0].legend(fontsize=8, loc="lower right")
-    axes[1].set_ylim(bottom=0)
-    axes[2].set_ylim(bottom=0)
-    figure.savefig(folder / "learning_curve.png", dpi=110)
-    plt.close(figure)
-
-
-def smooth(values: list[float], half: int = 10) -> list[float]:
-    """Mean over a window of up to 2 * half + 1 steps, NaN left out."""
-    result = []
-    for i in range(len(values)):
-        window = [v for v in values[max(0, i - half) : i + half + 1] if not math.isnan(v)]
-        result.append(sum(window) / len(window) if window else float("nan"))
-    return result

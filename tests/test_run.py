@@ -15,7 +15,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from common.run import Run, drop_lines_from, find_damage, load_weights, plot_learning_curve
+from common.plot import plot_learning_curve
+from common.run import Run, drop_lines_from, find_damage, load_weights
 from tests.small_models import FAMILIES, small_folder, small_policy
 
 
