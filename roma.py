@@ -35,7 +35,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType
 
 from common.corruptions import choose, corrupt
-from common.data import TEMPLATE, batch_indices, build_messages, check_template, load_examples
+from common.data import TEMPLATE, ahead, batch_indices, build_messages, check_template, load_examples
 from common.evaluate import evaluate, image_reliance, robustness, show_robustness
 from common.forward import Scorer, micro_batches, pack_views, rows_of, score_without_gradient
 from common.model import encode_prompts, load_policy, replace_images
@@ -331,31 +331,41 @@ def main(args: Args) -> dict:
             accelerator=accelerator,
         )
 
+    # A process takes its share of each update's prompts: an update sees the same prompts on any number of them.
+    shares = torch.arange(args.prompts_per_step).view(args.updates_per_rollout, processes, -1)
+    places = shares[:, accelerator.process_index].flatten().tolist()
+
+    def draw(step):  # runs in a thread, a step ahead
+        indices = batch_indices(args.seed, step, args.prompts_per_step, len(train))
+        examples = [train[indices[place]] for place in places]
+        chosen_views, aux_views = zip(*(draw_views(args.seed, step, place, args) for place in places), strict=True)
+
+        def view(k):
+            """Each prompt's images, corrupted as its view k says."""
+            return [
+                [
+                    corrupt(image, *chosen_views[n][k], (args.seed, step, place, k, i))
+                    for i, image in enumerate(e.images)
+                ]
+                for n, (place, e) in enumerate(zip(places, examples, strict=True))
+            ]
+
+        pictures = view(0) if args.corrupt_rollouts else [list(e.images) for e in examples]
+        prompts = encode_prompts(policy, [build_messages(e, args.prompt_template) for e in examples], pictures)
+        wanted = range(args.num_views if args.kl_view_coef or args.aux_coef else 0)
+        views = [replace_images(policy, prompts, view(k)) for k in wanted]  # other pictures, and nothing else differs
+        return examples, prompts, views, chosen_views, aux_views
+
     before = run.once("before", lambda: accuracy_on(test)) if args.test_examples else None
     robust = args.robust_examples and args.test_examples
     cells_before = run.once("robustness-before", lambda: robustness_on(test)) if robust else None
     corruptions = [(name, s) for name in choose(args.train_corruptions) for s in sorted(set(args.train_severities))]
 
-    for step in range(first_step, args.steps):
+    for step, drawn in ahead(draw, range(first_step, args.steps)):
         started = time.perf_counter()
 
         # === Sample: N prompts, G completions each ===
-        indices = batch_indices(args.seed, step, args.prompts_per_step, len(train))
-        # A process takes its share of each update's prompts: an update sees the same prompts on any number of them.
-        shares = torch.arange(args.prompts_per_step).view(args.updates_per_rollout, processes, -1)
-        places = shares[:, accelerator.process_index].flatten().tolist()
-        examples = [train[indices[place]] for place in places]
-        drawn, aux_views = zip(*(draw_views(args.seed, step, place, args) for place in places), strict=True)
-
-        def view(n, k, step=step, places=places, examples=examples, drawn=drawn):
-            """The images of prompt n, corrupted as its view k says."""
-            return [
-                corrupt(image, *drawn[n][k], (args.seed, step, places[n], k, i))
-                for i, image in enumerate(examples[n].images)
-            ]
-
-        pictures = [view(n, 0) if args.corrupt_rollouts else list(e.images) for n, e in enumerate(examples)]
-        prompts = encode_prompts(policy, [build_messages(e, args.prompt_template) for e in examples], pictures)
+        examples, prompts, views, chosen_views, aux_views = drawn.result()
         rows = [place * args.group_size + g for place in places for g in range(args.group_size)]
         rollout = sample(
             policy,
@@ -410,13 +420,6 @@ def main(args: Args) -> dict:
             with policy.model.disable_adapter() if args.lora_rank else contextlib.nullcontext():
                 ref_logprobs = score_without_gradient(reference or scorer, prompts, ids, mask, trained, **score_rows)
 
-        # The views of the prompts that have a regularized row: other pictures, and nothing else is different.
-        shown = regularized.view(len(kept), -1).any(1).nonzero()[:, 0].tolist()
-        views = [
-            replace_images(policy, prompts.select(shown), [view(n, k) for n in shown])
-            for k in range(args.num_views)
-            if shown
-        ]
         aux_view = torch.tensor(aux_views, device=device).repeat_interleave(args.group_size)  # [R]
 
         # === Update ===
@@ -460,9 +463,7 @@ def main(args: Args) -> dict:
                 own_mask = loss_mask[own, :length] & trained[members].repeat_interleave(args.group_size)[:, None]
                 last = number == len(batches) - 1
                 with contextlib.nullcontext() if last or processes == 1 else accelerator.no_sync(ddp_scorer):
-                    packed, rows_packed, prompt_of_row = pack_views(
-                        prompts, views, shown, members, viewed, args.group_size
-                    )
+                    packed, rows_packed, prompt_of_row = pack_views(prompts, views, members, viewed, args.group_size)
                     scores = ddp_scorer(
                         packed, ids[rows_packed, :length], mask[rows_packed, :length], args.temperature, prompt_of_row
                     )
@@ -498,7 +499,7 @@ def main(args: Args) -> dict:
                         sums["clamped"] += (divergences.detach().amax(0) >= 10).sum()
                         sums["view_advantage"] += (advantages[viewed].abs()[:, None] * view_mask).sum()
                         gap = (clean - view_logprobs).detach()  # [K, V, T]
-                        cell = [[corruptions.index(d) for d in drawn[r // args.group_size]] for r in viewed]
+                        cell = [[corruptions.index(d) for d in chosen_views[r // args.group_size]] for r in viewed]
                         won = winner == torch.arange(args.num_views, device=device)[:, None, None]
                         counts = torch.stack([gap * view_mask, won & view_mask, view_mask.expand_as(won)])
                         cell = torch.tensor(cell, device=device).T.flatten()  # [K * V]

@@ -36,7 +36,7 @@ import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType
 
-from common.data import TEMPLATE, batch_indices, build_messages, check_template, load_examples
+from common.data import TEMPLATE, ahead, batch_indices, build_messages, check_template, load_examples
 from common.evaluate import evaluate
 from common.forward import Scorer, micro_batches, rows_of, score_without_gradient
 from common.model import encode_prompts, load_policy
@@ -335,20 +335,25 @@ def main(args: Args) -> dict:
             accelerator=accelerator,
         )
 
-    before = run.once("before", lambda: accuracy_on(test)) if args.test_examples else None
+    # A process takes its share of each update's prompts: an update sees the same prompts on any number of them.
+    shares = torch.arange(args.prompts_per_step).view(args.updates_per_rollout, processes, -1)
+    places = shares[:, accelerator.process_index].flatten().tolist()
 
-    for step in range(first_step, args.steps):
-        started = time.perf_counter()
-
-        # === Sample: N prompts, G completions each ===
+    def draw(step):  # runs in a thread, a step ahead
         indices = batch_indices(args.seed, step, args.prompts_per_step, len(train))
-        # A process takes its share of each update's prompts: an update sees the same prompts on any number of them.
-        shares = torch.arange(args.prompts_per_step).view(args.updates_per_rollout, processes, -1)
-        places = shares[:, accelerator.process_index].flatten().tolist()
         examples = [train[indices[place]] for place in places]
         prompts = encode_prompts(
             policy, [build_messages(e, args.prompt_template) for e in examples], [list(e.images) for e in examples]
         )
+        return examples, prompts
+
+    before = run.once("before", lambda: accuracy_on(test)) if args.test_examples else None
+
+    for step, drawn in ahead(draw, range(first_step, args.steps)):
+        started = time.perf_counter()
+
+        # === Sample: N prompts, G completions each ===
+        examples, prompts = drawn.result()
         rows = [place * args.group_size + g for place in places for g in range(args.group_size)]
         rollout = sample(
             policy,

@@ -11,10 +11,12 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -30,6 +32,7 @@ QUESTION_COLUMNS = ("problem", "question", "prompt", "query")
 ANSWER_COLUMNS = ("answer", "solution", "label", "ground_truth")
 PUZZLE_COUNT = {"train": 1_000_000, "validation": 2_000, "test": 2_000, "shifted": 2_000}
 MAX_ASPECT_RATIO = 200  # what the families' image processors accept
+T = TypeVar("T")
 MAX_IMAGE_PIXELS = 100_000_000  # beyond it a small file that unpacks to gigabytes is likelier than a photograph
 # What a whole file has among its last bytes (WebP is checked when opened); one of another format is decoded to see.
 ENDINGS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "WEBP": b""}
@@ -386,6 +389,18 @@ def batch_indices(seed: int, step: int, size: int, length: int) -> list[int]:
         epoch, start = divmod(step * size + len(indices), length)
         indices += epoch_order(seed, epoch, length)[start : start + size - len(indices)].tolist()
     return indices
+
+
+def ahead(work: Callable[[int], T], steps: range) -> Iterator[tuple[int, Future[T]]]:
+    """Each step with `work(step)` as a future: a thread does the next step's work while the caller uses this one's.
+
+    Opening and processing images takes processor time that training leaves free; what is drawn stays the same.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        coming = [pool.submit(work, step) for step in steps[:1]]
+        for step in steps:
+            coming += [pool.submit(work, after) for after in steps[step - steps.start + 1 :][:1]]
+            yield step, coming.pop(0)
 
 
 @lru_cache(maxsize=2)

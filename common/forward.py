@@ -264,12 +264,12 @@ def rows_of(prompts: Iterable[int], group_size: int) -> list[int]:
 
 
 def pack_views(
-    prompts: Prompts, views: list[Prompts], shown: list[int], members: list[int], viewed: list[int], group_size: int
+    prompts: Prompts, views: list[Prompts], members: list[int], viewed: list[int], group_size: int
 ) -> tuple[Prompts, list[int], list[int] | None]:
     """One batch out of all rows of the prompts `members` and, behind them, rows `viewed` of any prompts once for
     each view.
 
-    `shown` lists which prompts the views hold, in their order. Returns prompts, the rows' numbers, and each row's place
+    Returns prompts, the rows' numbers, and each row's place
     among the prompts: what `Scorer` takes. One forward of one batch, so that every process makes as many.
     """
     own = rows_of(members, group_size)
@@ -277,7 +277,7 @@ def pack_views(
         return prompts.select(members), own, None
     seen = sorted({row // group_size for row in viewed})
     parts = [prompts.select(members)] if members else []
-    packed = join(parts + [view.select([shown.index(n) for n in seen]) for view in views])
+    packed = join(parts + [view.select(seen) for view in views])
     prompt_of_row = [i // group_size for i in range(len(own))]
     for k in range(len(views)):
         prompt_of_row += [len(members) + k * len(seen) + seen.index(row // group_size) for row in viewed]

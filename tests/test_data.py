@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import json
+import threading
 
 import datasets
 import numpy as np
@@ -16,6 +17,7 @@ from common.data import (
     REQUEST,
     TEMPLATE,
     Example,
+    ahead,
     batch_indices,
     build_messages,
     check_template,
@@ -359,3 +361,25 @@ def test_batches_walk_through_every_example_once_an_epoch():
     across = [i for step in range(10) for i in batch_indices(1, step, 7, 20)]
     assert sorted(across[:20]) == sorted(across[20:40]) == list(range(20))
     assert len(batch_indices(0, 0, 8, 3)) == 8
+
+
+def test_the_next_step_is_prepared_while_this_one_is_used():
+    begun, go = [], threading.Event()
+
+    def work(step):
+        begun.append(step)
+        if step == 4:
+            go.set()
+        if step == 6:
+            raise SystemExit("--data: broken")
+        return step * step
+
+    results = []
+    with pytest.raises(SystemExit, match="--data: broken"):  # where its result is asked for, not earlier
+        for step, drawn in ahead(work, range(3, 7)):
+            results.append((step, drawn.result()))
+            if step == 3:
+                assert go.wait(10), "step 4 is prepared although nobody asked for it yet"
+                assert max(begun) == 4, "and no step beyond"
+    assert results == [(3, 9), (4, 16), (5, 25)] and begun == [3, 4, 5, 6]
+    assert list(ahead(work, range(5, 5))) == []

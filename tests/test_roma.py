@@ -184,19 +184,19 @@ def test_packed_views_equal_each_view_scored_alone(family):
     prompts, _, images = small_prompts(policy)
     rollout = sample(policy, prompts, 3, 8, uniform_numbers(0, 0, range(9), 8))
     ids, mask = rollout.completion_ids, rollout.completion_mask
-    shown, viewed = [0, 2], [1, 6, 8]  # prompts with views; rows of them
+    viewed = [1, 6, 8]
     turns = (Image.Transpose.ROTATE_180, Image.Transpose.FLIP_LEFT_RIGHT)  # keep the size
-    other = [[[image.transpose(turn) for image in images[n]] for n in shown] for turn in turns]
-    views = [replace_images(policy, prompts.select(shown), pictures) for pictures in other]
+    other = [[[image.transpose(turn) for image in images[n]] for n in range(len(images))] for turn in turns]
+    views = [replace_images(policy, prompts, pictures) for pictures in other]
     scorer, members = Scorer(policy), [2, 0]
     own = rows_of(members, 3)
-    packed, rows, prompt_of_row = pack_views(prompts, views, shown, members, viewed, group_size=3)
+    packed, rows, prompt_of_row = pack_views(prompts, views, members, viewed, group_size=3)
     assert rows == [6, 7, 8, 0, 1, 2, 1, 6, 8, 1, 6, 8]
     scores = scorer(packed, ids[rows], mask[rows], 1.0, prompt_of_row).logprobs
     clean = scorer(prompts.select(members), ids[own], mask[own]).logprobs
     torch.testing.assert_close(scores[:6], clean, atol=1e-5, rtol=0)
     for k in range(2):
-        alone = [scorer(views[k].select([shown.index(r // 3)]), ids[[r]], mask[[r]]).logprobs[0] for r in viewed]
+        alone = [scorer(views[k].select([r // 3]), ids[[r]], mask[[r]]).logprobs[0] for r in viewed]
         torch.testing.assert_close(scores[6 + 3 * k : 9 + 3 * k], torch.stack(alone), atol=1e-5, rtol=0)
     assert (scores[6:9] - scores[9:12]).abs().max() > 1e-4, "views that show something else score something else"
 

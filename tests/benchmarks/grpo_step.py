@@ -14,6 +14,7 @@ import torch
 import tyro
 from PIL import Image
 
+from common.data import ahead
 from common.forward import Scorer, micro_batches, rows_of
 from common.model import encode_prompts, load_policy
 from common.rollout import decode, sample, uniform_numbers
@@ -61,10 +62,12 @@ def main(options: Options) -> float:
         phases.setdefault(name, []).append(now - since)
         return now
 
-    for step in range(options.steps + 1):
-        images = [[Image.effect_noise((options.image,) * 2, 80).convert("RGB")] for _ in range(options.prompts)]
+    images = [[Image.effect_noise((options.image,) * 2, 80).convert("RGB")] for _ in range(options.prompts)]
+    # As in training: a thread processes the next step's images. "images" is how long the step waits for its own.
+    draw = lambda step: encode_prompts(policy, messages * options.prompts, images)
+    for step, drawn in ahead(draw, range(options.steps + 1)):
         start = now = time.perf_counter()
-        prompts = encode_prompts(policy, messages * options.prompts, images)
+        prompts = drawn.result()
         now = mark("images", now)
         noise = uniform_numbers(0, step, range(rows), options.tokens)
         rollout = sample(policy, prompts, options.group, options.tokens, noise)
