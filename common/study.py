@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 import tyro
 from tqdm import tqdm
 
 from common.corruptions import choose
 from common.evaluate import CLEAN, plot_robustness, robustness_summary, robustness_table
+from common.look import FIGURES, summarize, summary_table
 from common.run import write
 
 ROOT = Path(__file__).parents[1]
@@ -44,12 +46,15 @@ class Args:
     """severities of these corruptions"""
     limit: int = 500
     """examples of a split"""
+    look: int = 0
+    """examples to measure visual dependency and focus on, see common/look.py (0: none)"""
     jobs: int = 2
     """runs at a time, each on one CPU thread where there are several (use 1 on a GPU)"""
 
 
 def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> dict[str, dict[str, list[float]]]:
-    """One run and its evaluations: accuracy of every example in every cell, a split."""
+    """One run and its evaluations: accuracy of every example in every cell, a split; figures of every example looked at
+    as `look`."""
     folder = Path(args.out) / f"{name}-seed{seed}"
     environment = dict(os.environ)
     if args.jobs > 1:
@@ -77,6 +82,13 @@ def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> 
                      "--out", str(file), *flags])  # fmt: skip
         result = json.loads(file.read_text())["models"][path]
         cells[split] = result.get("cells") or {CLEAN: [mean(row["correct"]) for row in result["rows"]]}
+    if args.look:
+        file = folder.resolve() / "look" / "look.json"
+        if not file.is_file() or len(next(iter(json.loads(file.read_text())["examples"].values()))) != args.look:
+            execute(["-m", "common.look", "--model", path, "--split", args.splits[0], "--limit", str(args.look),
+                     "--out", str(file.parent)])  # fmt: skip
+        (rows,) = json.loads(file.read_text())["examples"].values()
+        cells["look"] = {figure: [row[figure] for row in rows] for figure in FIGURES}
     return cells
 
 
@@ -113,6 +125,14 @@ def main(args: Args) -> None:
         print(robustness_table(summaries[split]))
         if split == args.splits[0] and args.corruptions:
             plot_robustness(summaries[split], Path(args.out) / "robustness.png")
+    if args.look:
+        figures = {
+            name: {f: np.array([results[name, seed]["look"][f] for seed in args.seeds]) for f in FIGURES}
+            for name in commands
+        }
+        summaries["look"] = summarize(figures)
+        print(f"\n{args.look} examples of {args.splits[0]}, late: the last half of a completion")
+        print(summary_table(summaries["look"]))
     write(Path(args.out) / "results.json", json.dumps({"methods": commands, "splits": summaries}, indent=1))
 
 

@@ -10,7 +10,7 @@ from common.study import Args, main
 def test_a_small_study(tmp_path, capsys):
     args = Args(
         methods=("grpo: grpo.py --steps 1", "dapo: grpo.py --steps 1 --filter-groups reward"),
-        out=str(tmp_path), seeds=(3,), corruptions=("fog",), severities=(5,), limit=4,
+        out=str(tmp_path), seeds=(3,), corruptions=("fog",), severities=(5,), limit=4, look=3,
     )  # fmt: skip
     main(args)
     text = capsys.readouterr().out
@@ -18,6 +18,8 @@ def test_a_small_study(tmp_path, capsys):
     assert "against grpo" in text and (tmp_path / "robustness.png").is_file()
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["splits"]["test"]["dapo"]["unseen"]["difference_ci"]
+    assert "3 examples of test, late: the last half of a completion" in text
+    assert results["splits"]["look"]["dapo"]["late focus"]["difference_ci"]
     assert set(results["splits"]["shifted"]["grpo"]) == {"clean", "cells"}
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     main(args)
