@@ -30,6 +30,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType
 
 from common.data import TEMPLATE, ahead, batch_indices, build_messages, check_template, load_examples
+from common.designs import check_markers, check_tokenizer, design_rewards, overlong_penalty, request_for
 from common.evaluate import evaluate
 from common.forward import Scorer, micro_batches, rows_of, score_without_gradient
 from common.model import encode_prompts, load_policy
@@ -64,7 +65,15 @@ class Args:
     kind: str = ""
     """how answers are checked: math, int, letter, ... (default: math for data sets that do not say)"""
     prompt_template: str = TEMPLATE
-    """what the model reads; {question} and {request} are filled in"""
+    """what the model reads; {question} is filled in, and {request} with what the reward asks for"""
+    reward: Literal[
+        "accuracy", "vanilla", "only_accuracy", "mixture", "continuous", "visual_fusion", "no_accuracy", "semantic"
+    ] = "accuracy"
+    """a right answer, tagged or boxed; or a design of common/designs.py"""
+    encoder: str = "sentence-transformers/all-mpnet-base-v2"
+    """sentence encoder of `--reward semantic`, a hub id or a folder"""
+    soft_punish_cache: int = 0
+    """completions that come within so many tokens of the length limit lose up to 1 (DAPO; 0: none)"""
     steps: int = 300
     """rollouts to train for"""
     eval_every: int = 100
@@ -137,6 +146,7 @@ class Args:
         self.data = self.data or ("puzzles" if tiny else "hiyouga/geometry3k")
         self.learning_rate = self.learning_rate or (3e-5 if tiny else 1e-6)
         self.max_completion_length = self.max_completion_length or (72 if tiny else 2048)
+        self.prompt_template = self.prompt_template.replace("{request}", request_for(self.reward))
 
 
 # ------------------------------------------------------------------------------------------------- the method
@@ -233,6 +243,7 @@ def main(args: Args) -> dict:
     held_out = load_examples(args.data, args.eval_split, limit=args.eval_examples, **columns) if args.eval_every else []
     test = load_examples(args.data, args.test_split, limit=args.test_examples, **columns) if args.test_examples else []
     policy = load_policy(args.model, device=device, lora_rank=args.lora_rank, max_pixels=args.max_pixels)
+    check_tokenizer(args.reward, policy.tokenizer)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     scorer = Scorer(policy, gradient_checkpointing=device.type == "cuda")
@@ -289,9 +300,11 @@ def main(args: Args) -> dict:
 
         # === Reward: one number a row ===
         asked = [e for e in examples for _ in range(args.group_size)]  # rows of a prompt stand together
-        accuracy, verdicts = score(completions, asked)
-        accuracy = torch.tensor(accuracy, device=device)  # [R]
-        rewards = accuracy
+        accuracy, verdicts = score(completions, asked, "auto" if args.reward == "accuracy" else "tag")
+        rewards, terms = design_rewards(args.reward, completions, asked, accuracy, args.encoder)
+        rewards, accuracy = torch.tensor(rewards, device=device), torch.tensor(accuracy, device=device)  # [R] both
+        if args.soft_punish_cache:
+            rewards += overlong_penalty(mask.sum(1), args.max_completion_length, args.soft_punish_cache)
 
         # === Advantage: each row against its group ===
         mine = slice(accelerator.process_index * len(rows), (accelerator.process_index + 1) * len(rows))
@@ -382,6 +395,8 @@ def main(args: Args) -> dict:
         varied = (advantages.view(-1, args.group_size) != 0).any(1)
         local = {"right": accuracy.sum(), "varied": varied.sum(), "tokens": lengths.sum(), "ended": rollout.ended.sum()}
         local |= sums | {f"verdicts/{status}": count for status, count in verdicts.items()}
+        local |= {f"rewards/{name}/mean": sum(scores) for name, scores in terms.items()}
+        local["constant"] = (accuracy.view(-1, args.group_size).std(1) == 0).sum()
         values = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in local.values()])
         totals = dict(zip(local, accelerator.reduce(values).tolist(), strict=True))
         all_rows, scored = len(all_rewards), totals["scored"] or float("nan")
@@ -391,6 +406,8 @@ def main(args: Args) -> dict:
             "reward_std": float(all_rewards.view(-1, args.group_size).std(1).mean()),
             "accuracy": totals["right"] / all_rows,
             "frac_reward_zero_std": 1 - totals["varied"] / args.prompts_per_step,
+            "frac_accuracy_constant": totals["constant"] / args.prompts_per_step,
+            **{f"rewards/{name}/mean": totals[f"rewards/{name}/mean"] / all_rows for name in terms},
             "completions/mean_length": totals["tokens"] / all_rows,
             "completions/clipped_ratio": 1 - totals["ended"] / all_rows,
             "loss": totals["loss"] / updates,
@@ -440,6 +457,7 @@ def check(args: Args, accelerator: Accelerator) -> None:
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise SystemExit(f"accelerate is configured for {kind.value}: only plain data parallelism is supported so far")
     args.prompt_template = check_template(args.prompt_template)
+    check_markers(args.reward, args.prompt_template)
     if args.group_size < 2:
         raise SystemExit(f"--group-size {args.group_size}: a group of at least 2 is compared with itself")
     if args.prompts_per_step % (processes * args.updates_per_rollout):

@@ -45,8 +45,8 @@ class Args:
     """0: greedy"""
     max_completion_length: int = 0
     """longest completion in tokens (default: 72 for the built-in model and its runs, else 2048)"""
-    prompt_template: str = TEMPLATE
-    """what the model reads"""
+    prompt_template: str = ""
+    """what the model reads (default: what the run trained with, else the standard one)"""
     image_column: str = ""
     question_column: str = ""
     answer_column: str = ""
@@ -369,12 +369,14 @@ def newest_checkpoint(name: str) -> str:
     return str(max(complete, key=lambda path: int(path.name.removeprefix("step-"))))
 
 
-def usual_length(name: str) -> int:
-    """The completion length that a run trained with; 72 for the built-in model, 2048 for any other."""
+def usual(name: str) -> dict:
+    """What a run, or a checkpoint's run, trained with; for any other model the standard template and a completion
+    length of 2048, 72 for the built-in one."""
+    usual = {"max_completion_length": 72 if name == "tiny" else 2048, "prompt_template": TEMPLATE}
     for folder in (Path(name), Path(name).parent.parent):
         if (folder / "args.json").is_file():
-            return json.loads((folder / "args.json").read_text())["max_completion_length"]
-    return 72 if name == "tiny" else 2048
+            return usual | json.loads((folder / "args.json").read_text())
+    return usual
 
 
 def check(args: Args) -> None:
@@ -386,7 +388,8 @@ def check(args: Args) -> None:
         raise SystemExit(f"--samples {args.samples}: greedy answers are all the same; pass a --temperature above 0")
     if args.out and not (Path(args.out).parent.is_dir() and not Path(args.out).is_dir()):
         raise SystemExit(f"--out {args.out}: not a file in a folder that exists")
-    check_template(args.prompt_template)
+    if args.prompt_template:
+        check_template(args.prompt_template)
     try:
         choose(args.corruptions)
     except ValueError as error:
@@ -407,10 +410,10 @@ def main(args: Args) -> dict[str, dict]:
     for name, checkpoint in checkpoints.items():
         policy = load_policy(checkpoint, device=device, trainable=False, max_pixels=args.max_pixels)
         options = dict(
-            template=args.prompt_template,
+            template=args.prompt_template or usual(name)["prompt_template"],
             samples=args.samples,
             temperature=args.temperature,
-            max_new_tokens=args.max_completion_length or usual_length(name),
+            max_new_tokens=args.max_completion_length or usual(name)["max_completion_length"],
             batch_prompts=args.batch_prompts,
             seed=args.seed,
         )

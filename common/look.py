@@ -26,7 +26,7 @@ import tyro
 from PIL import Image
 
 from common.data import TEMPLATE, Example, build_messages, check_template, load_examples
-from common.evaluate import aligned, bootstrap, newest_checkpoint, usual_length
+from common.evaluate import aligned, bootstrap, newest_checkpoint, usual
 from common.forward import Scorer
 from common.model import Policy, encode_prompts, load_policy, process_images
 from common.rewards import score
@@ -58,8 +58,8 @@ class Args:
     """share of the patches that a mask blackens"""
     max_completion_length: int = 0
     """longest completion in tokens (default: what the run trained with)"""
-    prompt_template: str = TEMPLATE
-    """what the model reads"""
+    prompt_template: str = ""
+    """what the model reads (default: what the run trained with, else the standard one)"""
     max_pixels: int = 0
     """bound on an image's area after resizing (0: as the checkpoint says)"""
     batch_prompts: int = 32
@@ -312,7 +312,8 @@ def main(args: Args) -> dict[str, dict]:
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     if not 0 < args.mask_prob <= 1:
         raise SystemExit(f"--mask-prob {args.mask_prob}: must be above 0 and at most 1")
-    check_template(args.prompt_template)
+    if args.prompt_template:
+        check_template(args.prompt_template)
     folder = Path(args.out)
     if folder.exists() and not folder.is_dir():
         raise SystemExit(f"--out {args.out}: not a folder")
@@ -327,8 +328,8 @@ def main(args: Args) -> dict[str, dict]:
         models[title] = look(
             policy,
             examples,
-            template=args.prompt_template,
-            max_new_tokens=args.max_completion_length or usual_length(name),
+            template=args.prompt_template or usual(name)["prompt_template"],
+            max_new_tokens=args.max_completion_length or usual(name)["max_completion_length"],
             temperature=args.temperature,
             masks=args.masks,
             mask_prob=args.mask_prob,

@@ -59,13 +59,16 @@ def check(
         return Verdict(False, answer, "error")
 
 
-def score(completions: Sequence[str], examples: Sequence) -> tuple[list[float], dict[str, int]]:
+def score(
+    completions: Sequence[str], examples: Sequence, answer_format: str = "auto"
+) -> tuple[list[float], dict[str, int]]:
     """Verdicts 0.0 or 1.0 of completions, and how often each status came up. Example i belongs to completion i.
 
     Examples have `answer`, `kind` and `choices`.
     """
     _worker.timeouts = 0
-    verdicts = [check(text, e.answer, e.kind, e.choices) for text, e in zip(completions, examples, strict=True)]
+    pairs = zip(completions, examples, strict=True)
+    verdicts = [check(text, e.answer, e.kind, e.choices, answer_format) for text, e in pairs]
     counts = Counter(verdict.status for verdict in verdicts)
     return [float(verdict.correct) for verdict in verdicts], {status: counts[status] for status in STATUSES}
 

@@ -23,7 +23,7 @@ from common.evaluate import (
     robustness_table,
     summarize,
     table,
-    usual_length,
+    usual,
 )
 from common.model import load_policy
 from tests.small_models import picture, small_folder, small_policy
@@ -66,8 +66,8 @@ def test_groups_and_table():
 
 
 def test_newest_complete_checkpoint_of_a_run(tmp_path):
-    assert newest_checkpoint("tiny") == "tiny" and usual_length("tiny") == 72
-    (tmp_path / "args.json").write_text('{"max_completion_length": 33}')
+    assert newest_checkpoint("tiny") == "tiny" and usual("tiny")["max_completion_length"] == 72
+    (tmp_path / "args.json").write_text('{"max_completion_length": 33, "prompt_template": "{question}!"}')
     with pytest.raises(SystemExit, match="no complete checkpoint"):
         newest_checkpoint(str(tmp_path))
     for step in (1, 2, 3):
@@ -75,7 +75,8 @@ def test_newest_complete_checkpoint_of_a_run(tmp_path):
     for step in (1, 2):
         (tmp_path / "checkpoints" / f"step-{step:06d}" / "complete").write_text("{}")
     newest = newest_checkpoint(str(tmp_path))
-    assert newest.endswith("step-000002") and usual_length(newest) == 33
+    assert newest.endswith("step-000002") and usual(newest)["max_completion_length"] == 33
+    assert usual(newest)["prompt_template"] == "{question}!" and "{request}" in usual("tiny")["prompt_template"]
     for step in (999_999, 1_000_000):
         (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir()
         (tmp_path / "checkpoints" / f"step-{step:06d}" / "complete").write_text("{}")

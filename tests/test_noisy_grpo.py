@@ -179,7 +179,7 @@ def run(script, tmp_path, name, **settings):
 
 
 def test_without_noise_and_posterior_it_is_grpo_to_the_bit(tmp_path):
-    off = {"noise_images": False, "posterior": "none"}
+    off = {"noise_images": False, "posterior": "none", "kl_coef": 0.0}
     assert run(grpo, tmp_path, "a") == run(noisy_grpo, tmp_path, "b", **off)
 
 
