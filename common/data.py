@@ -23,6 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.puzzles import SPLITS, puzzle
 from common.rewards import KINDS, prepare_gold
+from common.sets import SOURCES, Readable
 
 REQUEST = "Think between <think> and </think>, then give only the final answer between <answer> and </answer>."
 TEMPLATE = "{question}\n\n{request}"
@@ -64,8 +65,9 @@ def load_examples(
     limit: int | None = None,
     max_bad: float = 0.01,
 ) -> Sequence[Example]:
-    """Examples of a split: `puzzles`; a .jsonl or .parquet file; a folder with metadata.jsonl, metadata.parquet or a
-    data set of its own; or a hub id. `@config` behind a folder or an id names one of its configurations.
+    """Examples of a split: `puzzles`; a short name of common/sets.py, `=FOLDER` behind it where a folder holds the set;
+    a .jsonl or .parquet file; a folder with metadata.jsonl, metadata.parquet or a data set of its own; or a hub id.
+    `@config` behind a folder or an id names one of its configurations.
 
     A file has no splits: it serves as any, and says so, unless files named after splits lie in a folder.
     `limit` takes the first so many usable rows; `max_bad` is the share of unusable ones that is put up with.
@@ -79,6 +81,10 @@ def load_examples(
         if split not in SPLITS:
             raise SystemExit(f"--data puzzles has no split {split!r}: choose one of {', '.join(SPLITS)}")
         return Puzzles(split, min(limit or PUZZLE_COUNT[split], PUZZLE_COUNT[split]))
+    if data.split("=")[0] in SOURCES:
+        rows, root = open_source(data, split)
+        columns = {"image": "images", "question": "question", "answer": "answer"}
+        return Rows(data, rows, root, columns, kind, limit, max_bad)
     data, rows, root = open_rows(data, split)
     if not len(rows):
         raise SystemExit(f"--data {data}: no rows")
@@ -202,6 +208,40 @@ def open_rows(data: str, split: str) -> tuple[str, Sequence[dict], Path | None]:
     return data, load_table(data, name, split, config, hub=True), None
 
 
+def open_source(data: str, split: str) -> tuple[Readable, Path | None]:
+    """The rows of a set of common/sets.py, and the folder that image paths in it are relative to."""
+    name, _, folder = data.partition("=")
+    source = SOURCES[name]
+    if folder and not Path(folder).is_dir():
+        raise SystemExit(f"--data {data}: no such folder")
+    if source.unpacked and not folder:
+        raise SystemExit(
+            f"--data {name}: its pictures are in {source.unpacked}; run `hf download {source.ids[0]} --repo-type "
+            f"dataset --local-dir DIR`, unpack {source.unpacked} in DIR and pass --data {name}=DIR"
+        )
+    splits = source.train if split == "train" or not source.test else source.test
+    splits = splits or source.test or ("",)
+    if split not in (*splits, "train"):
+        print(f"--data {name}: {split!r} is its {' and '.join(splits) or 'only split'}", flush=True)
+    from_hub = [folder] if folder else [i for i in source.ids if hub_answers(i)][:1] or source.ids[:1]
+    options = {"data_files": str(Path(folder) / source.file)} if source.file else {}
+    tables = [
+        load_table(data, "parquet" if source.file else place, part, config, hub=not folder, **options)
+        for place in from_hub
+        for config in source.configs
+        for part in splits
+    ]
+    rows = Readable(tables, source.read)
+    if rows.left_out:
+        left_out = (
+            f"{rows.left_out} {source.judge or 'rows'} are left out, since only a language model could judge them"
+        )
+        print(f"--data {name}: {left_out}", flush=True)
+    if not len(rows):
+        raise SystemExit(f"--data {data}: no rows")
+    return rows, Path(folder) if folder else None
+
+
 def read_jsonl(path: Path) -> list[dict]:
     rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # str.splitlines cuts at more than line ends
@@ -220,13 +260,19 @@ def load_table(data: str, name: str, split: str, config: str | None = None, hub:
     if hub and not datasets.config.HF_HUB_OFFLINE and not hub_answers(name):
         datasets.config.HF_HUB_OFFLINE = True  # the cache is asked at once, without half a minute of trying the hub
     try:
-        table = datasets.load_dataset(name, config, split=split, **files)
+        if Path(name, "dataset_info.json").is_file() or Path(name, "dataset_dict.json").is_file():
+            table = datasets.load_from_disk(name)  # as `save_to_disk` leaves a set
+            table = table[split or next(iter(table))] if isinstance(table, dict) else table
+        else:
+            table = datasets.load_dataset(name, config, split=split or None, **files)
+            table = next(iter(table.values())) if isinstance(table, dict) else table  # its only split
     except Exception as error:  # of the many that readers of files raise, each is a line for the user
         line = f"--data {data}: split {split!r} cannot be loaded ({one_line(error)})"
         if hub and datasets.config.HF_HUB_OFFLINE:
+            folder = f"{data}=DIR" if data in SOURCES else f"DIR@{config}" if config else "DIR"
             line += (
                 f"; where there is a network, run `hf download {name} --repo-type dataset --local-dir DIR` and pass "
-                f"--data DIR{'@' + config if config else ''}"
+                f"--data {folder}"
             )
         raise SystemExit(line) from None
     encoded = {}

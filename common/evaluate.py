@@ -11,7 +11,7 @@ pixels for every model. Finished cells are kept in `--out`: the same command goe
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from common.model import Policy, encode_prompts, load_policy, replace_images
 from common.rewards import score
 from common.rollout import decode, sample, uniform_numbers
 from common.run import write
+from common.sets import SOURCES, special_scores
 
 
 @dataclass
@@ -34,11 +35,13 @@ class Args:
     model: tuple[str, ...] = ("tiny",)
     """models to compare: tiny, a run folder (its newest checkpoint), a checkpoint, a folder or a hub id"""
     data: str = "puzzles"
-    """puzzles, a .jsonl or .parquet file, a folder, or a hub id"""
+    """puzzles, a short name of common/sets.py, a .jsonl or .parquet file, a folder, or a hub id"""
+    benchmark: tuple[str, ...] = ()
+    """instead of one `data`: several benchmarks of common/sets.py, each `NAME` or `NAME=FOLDER`"""
     split: str = "test"
     """which part of it"""
-    limit: int = 500
-    """examples, the first of the split (0: all)"""
+    limit: int | None = None
+    """examples, the first of the split (default: 500 puzzles, all of any other set; 0: all)"""
     samples: int = 1
     """completions an example; their mean accuracy counts"""
     temperature: float = 0.0
@@ -382,7 +385,7 @@ def usual(name: str) -> dict:
 def check(args: Args) -> None:
     """Stop with one line before anything long starts."""
     for name, least in (("limit", 0), ("samples", 1), ("temperature", 0), ("batch_prompts", 1)):
-        if getattr(args, name) < least:
+        if (getattr(args, name) or 0) < least:
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     if args.samples > 1 and not args.temperature:
         raise SystemExit(f"--samples {args.samples}: greedy answers are all the same; pass a --temperature above 0")
@@ -390,6 +393,9 @@ def check(args: Args) -> None:
         raise SystemExit(f"--out {args.out}: not a file in a folder that exists")
     if args.prompt_template:
         check_template(args.prompt_template)
+    for name in args.benchmark:
+        if name.split("=")[0] not in SOURCES:
+            raise SystemExit(f"--benchmark {name}: choose among {', '.join(SOURCES)}, with =FOLDER behind for a folder")
     try:
         choose(args.corruptions)
     except ValueError as error:
@@ -400,14 +406,50 @@ def check(args: Args) -> None:
 
 def main(args: Args) -> dict[str, dict]:
     check(args)
+    return benchmarks(args) if args.benchmark else evaluate_on(args)
+
+
+def benchmarks(args: Args) -> dict[str, dict]:
+    """Every model on every benchmark; each benchmark's results are kept in a file of their own beside `--out`, so that
+    the same command goes on where it stopped."""
+    results = {}
+    for name in args.benchmark:
+        out = ""
+        if args.out:
+            path = Path(args.out)
+            out = str(path.with_name(f"{path.stem}-{name.split('=')[0]}{path.suffix}"))
+        results[name.split("=")[0]] = evaluate_on(replace(args, data=name, benchmark=(), out=out))
+        print()
+    if not args.corruptions:
+        lines = [["model", *results]]
+        for model in args.model:
+            cells = [result[model] for result in results.values()]
+            spans = [(100 * c["accuracy"], 100 * c["ci_low"], 100 * c["ci_high"]) for c in cells]
+            lines.append([model, *(f"{mean:.1f} ({low:.1f}-{high:.1f})" for mean, low, high in spans)])
+        print(aligned(lines))
+        for name, result in results.items():
+            for title in next(iter(result.values()))["special"]:
+                figures = ", ".join(f"{model} {100 * result[model]['special'][title]:.1f}" for model in args.model)
+                print(f"{name}, {title}: {figures}")
+    if args.out:
+        write(Path(args.out), json.dumps({"benchmarks": results}, indent=1, ensure_ascii=False))
+    return results
+
+
+def evaluate_on(args: Args) -> dict[str, dict]:
+    """Every model on one set: tables printed and results kept in `--out`."""
     checkpoints = {name: newest_checkpoint(name) for name in args.model}
     columns = {name: getattr(args, name) for name in ("image_column", "question_column", "answer_column", "kind")}
-    examples = load_examples(args.data, args.split, limit=args.limit or None, **columns)
+    limit = (500 if args.data == "puzzles" else 0) if args.limit is None else args.limit
+    examples = load_examples(args.data, args.split, limit=limit or None, **columns)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Settings that change what a cell holds; the models and the cells asked for may differ from what a file has.
     settings = asdict(args) | dict.fromkeys(("model", "corruptions", "severities", "out", "batch_prompts"))
-    results = known_results(args.out, settings, checkpoints) if args.corruptions else {}
+    resumable = args.corruptions or args.data.split("=")[0] in SOURCES
+    results = known_results(args.out, settings, checkpoints) if resumable else {}
     for name, checkpoint in checkpoints.items():
+        if not args.corruptions and "accuracy" in results.get(name, ()):
+            continue
         policy = load_policy(checkpoint, device=device, trainable=False, max_pixels=args.max_pixels)
         options = dict(
             template=args.prompt_template or usual(name)["prompt_template"],
@@ -430,6 +472,8 @@ def main(args: Args) -> dict[str, dict]:
             robustness(policy, examples, names, args.severities, known=result.get("cells"), keep=save, **options)
         else:
             result.update(evaluate(policy, examples, **options))
+            rows = [(row["id"], row["group"], sum(row["correct"]) / len(row["correct"])) for row in result["rows"]]
+            result["special"] = special_scores(args.data.split("=")[0], rows)
             save()
     answered = f"{args.samples} samples each at temperature {args.temperature}" if args.temperature else "greedy"
     print(f"{args.data}, split {args.split}, {len(examples)} examples, {answered}")
