@@ -24,7 +24,7 @@ The penalty is the authors' and is needed: without it the built-in model collaps
 of wrong answers only, are trained by their noise at full strength. The authors train with `--loss-type grpo --clip-high
 0.2 --group-size 4`, a frozen vision tower and a reward between 0 and 2 (`--reward semantic`; here 0 and 1, hence a
 smaller s). Sampled tokens come from another distribution than the one that is trained, without correction: that is the
-method.
+method. `mismatch` in the log is mostly the noise's, and `--tis-cap` would work against it.
 
 Symbols: N prompts a step over all processes, G completions a prompt, R = N G rows, rows of a prompt together, T tokens.
 """
@@ -49,7 +49,7 @@ from common.forward import Scorer, micro_batches, rows_of, score_without_gradien
 from common.model import encode_prompts, load_policy, replace_images
 from common.rewards import score
 from common.rollout import decode, sample, uniform_numbers
-from common.run import Run
+from common.run import Run, memory_advice
 
 
 @dataclass
@@ -147,6 +147,8 @@ class Args:
     """a ratio above 1 + clip_high gives a token with positive advantage no further push (clip-higher, DAPO)"""
     delta: float = 0.0
     """upper bound of the ratio where the advantage is negative; must exceed 1 + clip_high (0: none)"""
+    tis_cap: float = 0.0
+    """weigh tokens by training over sampling probability, at most this, where the two forwards round apart (0: off)"""
     kl_coef: float = 0.04
     """weight of the k3 penalty to the initial policy (0: no reference is loaded)"""
     mask_truncated_completions: bool = False
@@ -235,6 +237,12 @@ def token_weights(
     if loss_type == "dr_grpo":
         return weights / (max(rows, 1) * max_completion_length)
     return weights / max(tokens, 1)
+
+
+def importance_weights(old_logprobs: torch.Tensor, sampled_logprobs: torch.Tensor, cap: float) -> torch.Tensor:
+    """min(pi_old / pi_sampled, cap) of each token [R, T], without gradient: what the rounding of sampling and scoring,
+    which are different forwards, does to importance (truncated importance sampling, Yao et al. 2025)."""
+    return (old_logprobs - sampled_logprobs).detach().clamp(-20, 20).exp().clamp(max=cap)
 
 
 def k3_divergence(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
@@ -333,6 +341,7 @@ def posterior_advantages(rewards: torch.Tensor, levels: torch.Tensor, args: Args
 # ------------------------------------------------------------------------------------------------- the run
 
 
+@memory_advice()
 def main(args: Args) -> dict:
     # === Set up ===
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
@@ -453,7 +462,7 @@ def main(args: Args) -> dict:
                 ref_logprobs = score_without_gradient(reference or scorer, seen, ids, mask, wanted, **score_rows)
 
         # === Update ===
-        sums = dict.fromkeys(("loss", "entropy", "kl", "clip_low", "clip_high", "scored"), 0.0)
+        sums = dict.fromkeys(("loss", "entropy", "kl", "clip_low", "clip_high", "mismatch", "scored"), 0.0)
         grad_norms, skipped = [], 0
         for update in range(updates):
             share = len(examples) // args.updates_per_rollout
@@ -491,6 +500,10 @@ def main(args: Args) -> dict:
                     )
                     old = scores.logprobs.detach() if old_logprobs is None else old_logprobs[own, :length]
                     losses, ratio = policy_loss(scores.logprobs, old, advantages[own, None], own_mask, args)
+                    sampled_logprobs = rollout.old_logprobs[own, :length]
+                    sums["mismatch"] += (old - sampled_logprobs)[own_mask].abs().sum()
+                    if args.tis_cap:
+                        losses = losses * importance_weights(old, sampled_logprobs, args.tis_cap)
                     if ref_logprobs is not None:
                         kl = k3_divergence(scores.logprobs, ref_logprobs[own, :length])
                         losses = losses + args.kl_coef * kl
@@ -537,6 +550,7 @@ def main(args: Args) -> dict:
             "kl": totals["kl"] / scored,
             "clip_ratio/low_mean": totals["clip_low"] / scored,
             "clip_ratio/high_mean": totals["clip_high"] / scored,
+            "mismatch": totals["mismatch"] / scored,
             "grad_norm": sum(grad_norms) / len(grad_norms) if grad_norms else float("nan"),
             "updates_skipped": skipped,
             "lr": args.learning_rate,

@@ -42,7 +42,7 @@ from common.forward import Scorer, micro_batches, pack_views, rows_of, score_wit
 from common.model import encode_prompts, load_policy, replace_images
 from common.rewards import score
 from common.rollout import decode, sample, uniform_numbers
-from common.run import Run
+from common.run import Run, memory_advice
 
 
 @dataclass
@@ -140,6 +140,8 @@ class Args:
     """a ratio above 1 + clip_high gives a token with positive advantage no further push (clip-higher, DAPO)"""
     delta: float = 0.0
     """upper bound of the ratio where the advantage is negative; must exceed 1 + clip_high (0: none)"""
+    tis_cap: float = 0.0
+    """weigh tokens by training over sampling probability, at most this, where the two forwards round apart (0: off)"""
     kl_coef: float = 0.0
     """weight of the k3 penalty to the initial policy (0: no reference is loaded)"""
     mask_truncated_completions: bool = False
@@ -226,6 +228,12 @@ def token_weights(
     return weights / max(tokens, 1)
 
 
+def importance_weights(old_logprobs: torch.Tensor, sampled_logprobs: torch.Tensor, cap: float) -> torch.Tensor:
+    """min(pi_old / pi_sampled, cap) of each token [R, T], without gradient: what the rounding of sampling and scoring,
+    which are different forwards, does to importance (truncated importance sampling, Yao et al. 2025)."""
+    return (old_logprobs - sampled_logprobs).detach().clamp(-20, 20).exp().clamp(max=cap)
+
+
 def k3_divergence(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     """Estimate of KL(policy || reference) on sampled tokens, never negative (DeepSeekMath, eq. 4): e^d - d - 1."""
     d = (ref_logprobs - logprobs).clamp(-20, 20)
@@ -297,6 +305,7 @@ def aux_loss(
 # ------------------------------------------------------------------------------------------------- the run
 
 
+@memory_advice()
 def main(args: Args) -> dict:
     # === Set up ===
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
@@ -436,7 +445,7 @@ def main(args: Args) -> dict:
         aux_view = torch.tensor(aux_views, device=device).repeat_interleave(args.group_size)  # [R]
 
         # === Update ===
-        sums = dict.fromkeys(("loss", "entropy", "kl", "clip_low", "clip_high", "scored"), 0.0)
+        sums = dict.fromkeys(("loss", "entropy", "kl", "clip_low", "clip_high", "mismatch", "scored"), 0.0)
         sums |= dict.fromkeys(("view_kl", "view_kl_mean", "aux", "viewed", "clamped", "view_advantage"), 0.0)
         by_corruption = torch.zeros(3, len(corruptions), device=device)  # of clean minus view, of tokens won, of tokens
         grad_norms, skipped = [], 0
@@ -483,6 +492,10 @@ def main(args: Args) -> dict:
                     logprobs, view_logprobs = scores.logprobs.split([len(own), len(rows_packed) - len(own)])
                     old = logprobs.detach() if old_logprobs is None else old_logprobs[own, :length]
                     losses, ratio = policy_loss(logprobs, old, advantages[own, None], own_mask, args)
+                    sampled_logprobs = rollout.old_logprobs[own, :length]
+                    sums["mismatch"] += (old - sampled_logprobs)[own_mask].abs().sum()
+                    if args.tis_cap:
+                        losses = losses * importance_weights(old, sampled_logprobs, args.tis_cap)
                     if ref_logprobs is not None:
                         kl = k3_divergence(logprobs, ref_logprobs[own, :length])
                         losses = losses + args.kl_coef * kl
@@ -556,6 +569,7 @@ def main(args: Args) -> dict:
             "kl": totals["kl"] / scored,
             "clip_ratio/low_mean": totals["clip_low"] / scored,
             "clip_ratio/high_mean": totals["clip_high"] / scored,
+            "mismatch": totals["mismatch"] / scored,
             "grad_norm": sum(grad_norms) / len(grad_norms) if grad_norms else float("nan"),
             "updates_skipped": skipped,
             "lr": args.learning_rate,

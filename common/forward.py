@@ -217,9 +217,10 @@ def token_logprobs(
 
     def chunk_logprobs(rows, targets):
         logits = torch.nn.functional.linear(rows / temperature, head, bias).float()  # [C, V]
-        logprobs = logits.log_softmax(-1)
-        with torch.no_grad():
-            entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs)
+        with torch.autocast(rows.device.type, enabled=False):  # which would round the entropy's products
+            logprobs = logits.log_softmax(-1)
+            with torch.no_grad():
+                entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs)
         return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
     size = max(1, LOGIT_BUDGET // len(head))

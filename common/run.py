@@ -313,6 +313,21 @@ class Run:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def memory_advice() -> Iterator[None]:
+    """Out of memory ends in one line that names what to lower; saved checkpoints stay. Also a decorator."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in text:
+            raise
+        raise SystemExit(
+            f"out of memory: lower --micro-batch-tokens (scoring and update), --max-pixels (images), --group-size, "
+            f"--prompts-per-step or --max-completion-length (sampling), or train with --lora-rank ({text[:160]})"
+        ) from None
+
+
 def on_main(accelerator: Accelerator, work: Callable[[], object]) -> object:
     """What `work` returns on the main process, on all of them; where it ends the run with a line, all of them end."""
     result = [None, None]

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from common.data import build_messages, load_examples
 from common.forward import Scorer, distinct_rows, micro_batches, token_logprobs
 from common.layers import RMSNorm, attention
-from common.model import replace_images
+from common.model import encode_prompts, load_policy, replace_images
+from common.rollout import sample, uniform_numbers
 from tests.small_models import FAMILIES, picture, small_policy, small_prompts
 
 GROUP = 3
@@ -180,3 +183,62 @@ def test_micro_batches_hold_every_prompt_once_within_the_budget():
     assert batches == [[0], [2], [3, 1]]  # 28, 24, 2 * (10 + 6) tokens
     assert list(micro_batches(mask, 10, 2, budget=1)) == [[0], [2], [3], [1]]
     assert list(micro_batches(mask, 10, 2, budget=10**6)) == [[0, 2, 3, 1]]
+
+
+class LargestLogits(TorchDispatchMode):
+    """The most entries that any tensor with a place for every word of the vocabulary has had."""
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.vocabulary, self.most = vocabulary, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (self.vocabulary,):
+                self.most = max(self.most, tensor.numel())
+        return result
+
+
+def test_no_tensor_of_rows_times_tokens_times_vocabulary(monkeypatch):
+    policy = small_policy()
+    prompts, _, _ = small_prompts(policy)
+    ids, mask = completions(policy, len(prompts) * GROUP, tokens=24)
+    vocabulary, width = policy.base.get_output_embeddings().weight.shape
+    chunk = width + 1  # tokens; the head itself, transposed, is one of the tensors
+    assert mask.sum() > 2 * chunk
+    monkeypatch.setattr("common.forward.LOGIT_BUDGET", chunk * vocabulary)
+    with LargestLogits(vocabulary) as seen:
+        Scorer(policy)(prompts, ids, mask).logprobs.sum().backward()
+    assert seen.most == chunk * vocabulary, "scoring: a chunk of tokens at a time, also in the backward pass"
+    with LargestLogits(vocabulary) as seen:
+        sample(policy, prompts, GROUP, 12, uniform_numbers(0, 0, range(len(ids)), 12))
+    assert seen.most <= max(len(ids), width) * vocabulary, "sampling: one token a row"
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "tiny"])
+def test_in_bfloat16_sampling_and_scoring_agree_within_a_bound(name, monkeypatch):
+    """What CUDA does, on the CPU: bfloat16 arithmetic over float32 weights. `mismatch` in a run's log is this gap."""
+    policy = load_policy("tiny") if name == "tiny" else small_policy(name)
+    monkeypatch.setattr(type(policy), "autocast", lambda self: torch.autocast("cpu", dtype=torch.bfloat16))
+    examples = load_examples("puzzles", "test", limit=3)
+    prompts = encode_prompts(policy, [build_messages(e) for e in examples], [list(e.images) for e in examples])
+    rollout = sample(policy, prompts, GROUP, 48, uniform_numbers(0, 0, range(9), 48))
+    mask = rollout.completion_mask
+    scores = Scorer(policy)(prompts, rollout.completion_ids, mask)
+    gap = (scores.logprobs - rollout.old_logprobs)[mask].abs()
+    assert scores.logprobs.dtype == torch.float32 and 0 < gap.mean() < 0.01, (gap.mean(), gap.max())
+    scores.logprobs.sum().backward()
+    assert all(p.dtype == torch.float32 for p in policy.model.parameters()), "weights stay masters"
+
+
+def test_a_small_update_is_not_lost():
+    policy = small_policy()
+    weight = policy.base.get_output_embeddings().weight
+    with torch.no_grad():
+        weight.fill_(1.0)
+    optimizer = torch.optim.AdamW([weight], lr=1e-6, weight_decay=0.0, fused=True)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert ((weight - 1 + 1e-6).abs() < 1e-7).all()
+    assert torch.tensor(1 - 1e-6).bfloat16() == 1, "as it would be in bfloat16"

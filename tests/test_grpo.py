@@ -238,3 +238,11 @@ def test_bad_settings_are_named():
     ]:
         with pytest.raises(SystemExit, match=message):
             grpo.check(Args(**settings), Accelerator(cpu=True))
+
+
+def test_importance_weights_are_capped_and_carry_no_gradient():
+    old = torch.tensor([[-1.0, -2.0, -0.5]], requires_grad=True)
+    sampled = torch.tensor([[-1.0, -1.0, -3.0]])
+    weights = grpo.importance_weights(old, sampled, cap=2.0)
+    torch.testing.assert_close(weights, torch.tensor([[1.0, math.exp(-1), 2.0]]))
+    assert not weights.requires_grad

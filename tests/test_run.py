@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from common.plot import plot_learning_curve
-from common.run import Run, drop_lines_from, find_damage, load_weights
+from common.run import Run, drop_lines_from, find_damage, load_weights, memory_advice
 from tests.small_models import FAMILIES, small_folder, small_policy
 
 
@@ -359,3 +359,21 @@ def test_another_runs_folder_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="leave out --out"):
         new_run(tmp_path / "other", resume=str(tmp_path / "run"))
     new_run(tmp_path / "run", resume=str(tmp_path / "run"), steps=20)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory.\nTried"), RuntimeError("can't allocate memory")]
+)
+def test_out_of_memory_names_what_to_lower(error):
+    @memory_advice()
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit, match=r"out of memory: lower --micro-batch-tokens \(scoring and update\)") as caught:
+        main()
+    assert "\n" not in str(caught.value)
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="shapes differ"), memory_advice():
+        raise RuntimeError("shapes differ")

@@ -100,6 +100,12 @@ def test_two_processes_and_small_micro_batches_train_as_one(script, tmp_path):
         assert difference.max() <= 4 * rate and (difference > rate / 100).float().mean() < 0.01, name
 
 
+def test_sampling_and_training_agree_so_that_importance_weights_change_nothing(plain, tmp_path):
+    folder, result = plain
+    assert all(line["mismatch"] < 1e-4 for line in metrics(folder))
+    assert_same_gradients(result, train(tmp_path / "weighed", "--tis-cap", "2"), tolerance=1e-3)
+
+
 def test_several_updates_a_rollout(tmp_path):
     result = train(tmp_path / "run", "--steps", "1", "--updates-per-rollout", "2", "--epochs-per-rollout", "2")
     assert 2 <= len(result["gradients"]) <= 4
