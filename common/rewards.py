@@ -11,20 +11,21 @@ import re
 import selectors
 import subprocess
 import sys
-import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
+from queue import LifoQueue
 
 KINDS = ("int", "math", "float3", "relaxed", "letter", "letters", "choice", "time", "yesno", "exact")
 STATUSES = ("ok", "no_answer", "hedge", "unparsed", "too_long", "timeout", "error")
 LONGEST_COMPLETION, LONGEST_ANSWER, LONGEST_EXPRESSION, LONGEST_NUMBER = 65_536, 2_048, 512, 200  # characters
 DEADLINE, START_DEADLINE = 2.0, 60.0  # seconds, of one comparison and of the worker's imports
-MOST_TIMEOUTS = 8  # in one call of `score`; further symbolic comparisons are then false without being tried
+MOST_TIMEOUTS = 8  # of a worker in one call of `score`; its further comparisons are then false without being tried
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,16 @@ def score(
 
     Examples have `answer`, `kind` and `choices`.
     """
-    _worker.timeouts = 0
-    pairs = zip(completions, examples, strict=True)
-    verdicts = [check(text, e.answer, e.kind, e.choices, answer_format) for text, e in pairs]
+    for worker in _workers:
+        worker.timeouts = 0
+
+    def verdict(text: str, example) -> Verdict:
+        return check(text, example.answer, example.kind, example.choices, answer_format)
+
+    if len(completions) != len(examples):
+        raise ValueError(f"{len(completions)} completions for {len(examples)} examples")
+    with ThreadPoolExecutor(len(_workers) if any(e.kind == "math" for e in examples) else 1) as threads:
+        verdicts = list(threads.map(verdict, completions, examples))  # a thread waits for each worker
     counts = Counter(verdict.status for verdict in verdicts)
     return [float(verdict.correct) for verdict in verdicts], {status: counts[status] for status in STATUSES}
 
@@ -422,7 +430,11 @@ def same_math(answer: str, gold: str, depth: int = 0) -> tuple[bool, str]:
         if not parts or not gold_parts or len(parts[1]) != len(gold_parts[1]):
             return False, "ok"
         return same_elements(parts, gold_parts)
-    return _worker.equal(answer, gold)
+    worker = _idle.get()
+    try:
+        return worker.equal(answer, gold)
+    finally:
+        _idle.put(worker)
 
 
 def elements(text: str) -> tuple[str, list[str]] | None:
@@ -484,7 +496,7 @@ class _Worker:
     """The process that compares symbolically: started when first needed, killed when it takes too long."""
 
     def __init__(self):
-        self.process, self.timeouts, self.lock = None, 0, threading.Lock()
+        self.process, self.timeouts = None, 0
         self.ask_once = lru_cache(maxsize=100_000)(self.ask)
 
     def equal(self, answer: str, gold: str) -> tuple[bool, str]:
@@ -499,16 +511,15 @@ class _Worker:
             return False, "timeout"
 
     def ask(self, answer: str, gold: str) -> bool:
-        with self.lock:
-            if self.process is None or self.process.poll() is not None:
-                self.start()
-            try:
-                self.process.stdin.write(json.dumps([answer, gold]) + "\n")
-                self.process.stdin.flush()
-                return self.read(DEADLINE)
-            except (OSError, ValueError):  # it died under the question
-                self.kill()
-                raise TimeoutError from None
+        if self.process is None or self.process.poll() is not None:
+            self.start()
+        try:
+            self.process.stdin.write(json.dumps([answer, gold]) + "\n")
+            self.process.stdin.flush()
+            return self.read(DEADLINE)
+        except (OSError, ValueError):  # it died under the question
+            self.kill()
+            raise TimeoutError from None
 
     def start(self) -> None:
         root = str(Path(__file__).parents[1])
@@ -538,4 +549,7 @@ class _Worker:
             self.process = None
 
 
-_worker = _Worker()
+_workers = [_Worker() for _ in range(min(8, os.cpu_count() or 1))]
+_idle: LifoQueue[_Worker] = LifoQueue()  # last in, first out: a second process starts when there is work for two
+for _worker in _workers:
+    _idle.put(_worker)
