@@ -254,6 +254,7 @@ def plot_tokens(models: dict[str, list[Look]], examples: Sequence[Example], path
                     line.append((column, token, [c / 255 for c in shade(value, scale[figure], figure)]))
                     column += len(token)
                 rows.append((n, line))
+        rows.append((n, ""))
     unit, picture = 0.165, 22  # inches a line; columns that the pictures take
     figure, axis = plt.subplots(figsize=((columns + picture) * 0.088, (len(rows) + 2) * unit))
     axis.set(xlim=(-picture, columns + 1), ylim=(len(rows) + 1, -1))
