@@ -137,3 +137,13 @@ def test_nothing_is_inherited_from_the_checkpoints_generation_settings():
     settings = policy.model.generation_config
     settings.do_sample, settings.temperature, settings.top_k, settings.repetition_penalty = True, 0.1, 1, 1.5
     assert torch.equal(plain.completion_ids, sample(policy, prompts, GROUP, TOKENS, uniforms).completion_ids)
+
+
+def test_a_prompt_that_opens_the_reasoning_lends_its_marker_to_the_completion(monkeypatch):
+    policy = small_policy()
+    prompts, _, _ = small_prompts(policy)
+    rollout = sample(policy, prompts, 1, TOKENS, None, temperature=0)
+    plain = decode(policy, rollout)
+    thinking = policy.tokenizer.chat_template.replace("assistant\n", "assistant\n<think>\n")
+    monkeypatch.setattr(policy.tokenizer, "chat_template", thinking)
+    assert decode(policy, rollout) == ["<think>" + text for text in plain]
