@@ -214,8 +214,8 @@ def head_weights(attention: torch.nn.Module) -> torch.Tensor:
 
 
 def decode(policy: Policy, rollout: Rollout) -> list[str]:
-    """The completions as text, special tokens left out (`<think>` and the like are not special). Where the prompt itself
-    opens `<think>`, as the chat template of thinking models does, it stands in front."""
+    """The completions as text, special tokens left out (`<think>` and the like are not special). Where the prompt opens
+    `<think>`, as the chat template of thinking models does, it stands in front."""
     ids = [row[mask].tolist() for row, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)]
     dummy = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
     prompt = policy.tokenizer.apply_chat_template(dummy, tokenize=False, add_generation_prompt=True)
