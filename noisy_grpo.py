@@ -183,7 +183,7 @@ class Args:
         self.data = self.data or ("puzzles" if tiny else "hiyouga/geometry3k")
         self.learning_rate = self.learning_rate or (3e-5 if tiny else 1e-6)
         self.max_completion_length = self.max_completion_length or (72 if tiny else 2048)
-        self.prompt_template = self.prompt_template.replace("{request}", request_for(self.reward))
+        self.prompt_template = self.prompt_template.replace("{request}", request_for(self.reward, tiny))
 
 
 # ------------------------------------------------------------------------------------------------- the method
@@ -602,7 +602,8 @@ def check(args: Args, accelerator: Accelerator) -> None:
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise SystemExit(f"accelerate is configured for {kind.value}: only plain data parallelism is supported so far")
     args.prompt_template = check_template(args.prompt_template)
-    check_markers(args.reward, args.prompt_template)
+    if args.model != "tiny":
+        check_markers(args.reward, args.prompt_template)
     if args.group_size < 2:
         raise SystemExit(f"--group-size {args.group_size}: a group of at least 2 is compared with itself")
     if args.prompts_per_step % (processes * args.updates_per_rollout):

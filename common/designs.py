@@ -52,9 +52,12 @@ REQUESTS = {
 }
 
 
-def request_for(design: str) -> str:
-    """What {request} in a prompt template stands for; `accuracy` and the designs without further sections share one."""
-    return REQUESTS.get(design, REQUEST)
+def request_for(design: str, tiny: bool = False) -> str:
+    """What {request} in a prompt template stands for; `accuracy` and the designs without further sections share one.
+
+    The built-in model has read no other in its life and answers others with nonsense, so it gets that one always.
+    """
+    return REQUEST if tiny else REQUESTS.get(design, REQUEST)
 
 
 def check_markers(design: str, template: str) -> None:

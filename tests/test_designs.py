@@ -198,8 +198,8 @@ def test_swapping_golds_moves_the_answers_of_their_groups_only():
 @pytest.mark.parametrize("design", ["accuracy", *DESIGNS])
 def test_the_prompt_asks_for_what_is_paid(design):
     check_markers(design, "{question} {request}")
-    args = grpo.Args(reward=design)
-    assert request_for(design) in args.prompt_template
+    assert request_for(design) in grpo.Args(model="some/hub-model", reward=design).prompt_template
+    assert request_for("accuracy") in grpo.Args(model="tiny", reward=design).prompt_template
     asked = [request_for(design).rfind(f"<{name}>") for name in ("image description", "think", "rethink", "answer")]
     assert [place for place in asked if place >= 0] == sorted(place for place in asked if place >= 0)
 
