@@ -19,7 +19,7 @@ from functools import cache
 import torch
 
 from common.data import REQUEST
-from common.rewards import READERS, Verdict, check, normalize, number, tagged
+from common.rewards import LONGEST_ANSWER, READERS, check, extract, normalize, number
 
 # Weights of the sections, in the order in which they are to be written (2601.00215, table 6).
 DESIGNS = {
@@ -98,7 +98,10 @@ def design_rewards(
         return list(accuracy), {}
     pairs = list(zip(completions, examples, accuracy, strict=True))
     if design == "semantic":
-        answers = [answer_section(text) or "" for text in completions]
+        found = [
+            re.search(r"<answer>(.*?)</answer>", text, re.DOTALL | re.IGNORECASE | re.ASCII) for text in completions
+        ]
+        answers = [match[1].strip() if match else "" for match in found]
         likeness = similarities(answers, [e.answer for e in examples], load_encoder(encoder))
         rows = [
             {"format": well_formed(text), "answer": semantic_score(answer, e, alike)}
@@ -165,20 +168,13 @@ def sentences(text: str) -> list[str]:
     return [piece for piece in pieces if any(char.isalnum() for char in piece)]
 
 
-def answer_section(completion: str) -> str | None:
-    """What stands between <answer> and </answer> behind the reasoning, or None; of several contents the first."""
-    verdict = check(completion, "", "exact", answer_format="tag")
-    return verdict.answer if verdict.status != "hedge" else tagged(completion, completion.lower())[0].strip()
-
-
 def answer_score(design: str, completion: str, example, right: bool) -> float:
     """1 or 0; for `continuous` partial credit; for `no_accuracy` 1 for any answer."""
+    answer, status = extract(completion, "tag")
     if design == "no_accuracy":
-        verdict: Verdict = check(completion, "", "exact", answer_format="tag")
-        return float(verdict.answer is not None or verdict.status in ("hedge", "too_long"))
-    if design == "continuous" and not right:
-        verdict = check(completion, "", "exact", answer_format="tag")
-        return 0.0 if verdict.answer is None else partial_credit(verdict.answer, example.answer, example.kind)
+        return float(answer is not None or status == "hedge")
+    if design == "continuous" and not right and answer is not None:
+        return partial_credit(answer[:LONGEST_ANSWER], example.answer, example.kind)
     return float(right)
 
 
