@@ -355,7 +355,7 @@ def main(args: Args) -> dict:
     shares = torch.arange(args.prompts_per_step).view(args.updates_per_rollout, processes, -1)
     places = shares[:, accelerator.process_index].flatten().tolist()
 
-    def draw(step):  # runs in a thread, a step ahead
+    def draw(step):  # on CUDA in a thread, a step ahead
         indices = batch_indices(args.seed, step, args.prompts_per_step, len(train))
         examples = [train[indices[place]] for place in places]
         chosen_views, aux_views = zip(*(draw_views(args.seed, step, place, args) for place in places), strict=True)
@@ -381,11 +381,11 @@ def main(args: Args) -> dict:
     cells_before = run.once("robustness-before", lambda: robustness_on(test)) if robust else None
     corruptions = [(name, s) for name in choose(args.train_corruptions) for s in sorted(set(args.train_severities))]
 
-    for step, drawn in ahead(draw, range(first_step, args.steps)):
+    for step, drawn in ahead(draw, range(first_step, args.steps), in_thread=device.type == "cuda"):
         started = time.perf_counter()
 
         # === Sample: N prompts, G completions each ===
-        examples, prompts, views, chosen_views, aux_views = drawn.result()
+        examples, prompts, views, chosen_views, aux_views = drawn()
         rows = [place * args.group_size + g for place in places for g in range(args.group_size)]
         rollout = sample(
             policy,

@@ -359,7 +359,7 @@ def main(args: Args) -> dict:
     shares = torch.arange(args.prompts_per_step).view(args.updates_per_rollout, processes, -1)
     places = shares[:, accelerator.process_index].flatten().tolist()
 
-    def draw(step):  # runs in a thread, a step ahead
+    def draw(step):  # on CUDA in a thread, a step ahead
         indices = batch_indices(args.seed, step, args.prompts_per_step, len(train))
         examples = [train[indices[place]] for place in places]
         prompts = encode_prompts(
@@ -369,11 +369,11 @@ def main(args: Args) -> dict:
 
     before = run.once("before", lambda: accuracy_on(test)) if args.test_examples else None
 
-    for step, drawn in ahead(draw, range(first_step, args.steps)):
+    for step, drawn in ahead(draw, range(first_step, args.steps), in_thread=device.type == "cuda"):
         started = time.perf_counter()
 
         # === Sample: N prompts, G completions each ===
-        examples, prompts = drawn.result()
+        examples, prompts = drawn()
         rows = [place * args.group_size + g for place in places for g in range(args.group_size)]
         rollout = sample(
             policy,

@@ -12,9 +12,9 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -437,16 +437,20 @@ def batch_indices(seed: int, step: int, size: int, length: int) -> list[int]:
     return indices
 
 
-def ahead(work: Callable[[int], T], steps: range) -> Iterator[tuple[int, Future[T]]]:
-    """Each step with `work(step)` as a future: a thread does the next step's work while the caller uses this one's.
+def ahead(work: Callable[[int], T], steps: range, in_thread: bool) -> Iterator[tuple[int, Callable[[], T]]]:
+    """Each step with a function that returns `work(step)`; in a thread the next step's work is done meanwhile.
 
-    Opening and processing images takes processor time that training leaves free; what is drawn stays the same.
+    Opening and processing images takes processor time that is free while a GPU trains. Where the processor itself
+    trains, a thread beside it would only slow both down.
     """
+    if not in_thread:
+        yield from ((step, partial(work, step)) for step in steps)
+        return
     with ThreadPoolExecutor(1) as pool:
         coming = [pool.submit(work, step) for step in steps[:1]]
         for step in steps:
             coming += [pool.submit(work, after) for after in steps[step - steps.start + 1 :][:1]]
-            yield step, coming.pop(0)
+            yield step, coming.pop(0).result
 
 
 @lru_cache(maxsize=2)

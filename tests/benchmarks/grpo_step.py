@@ -63,11 +63,10 @@ def main(options: Options) -> float:
         return now
 
     images = [[Image.effect_noise((options.image,) * 2, 80).convert("RGB")] for _ in range(options.prompts)]
-    # As in training: a thread processes the next step's images. "images" is how long the step waits for its own.
     draw = lambda step: encode_prompts(policy, messages * options.prompts, images)
-    for step, drawn in ahead(draw, range(options.steps + 1)):
+    for step, drawn in ahead(draw, range(options.steps + 1), in_thread=options.cuda):
         start = now = time.perf_counter()
-        prompts = drawn.result()
+        prompts = drawn()
         now = mark("images", now)
         noise = uniform_numbers(0, step, range(rows), options.tokens)
         rollout = sample(policy, prompts, options.group, options.tokens, noise)
