@@ -313,7 +313,8 @@ def main(args: Args) -> dict:
     check(args, accelerator)
     run = Run(args, accelerator, "roma")
     columns = {name: getattr(args, name) for name in ("image_column", "question_column", "answer_column", "kind")}
-    train = load_examples(args.data, args.train_split, **columns)
+    draws = args.steps * args.prompts_per_step
+    train = load_examples(args.data, args.train_split, draws=draws, seed=args.seed, **columns)
     held_out = load_examples(args.data, args.eval_split, limit=args.eval_examples, **columns) if args.eval_every else []
     test = load_examples(args.data, args.test_split, limit=args.test_examples, **columns) if args.test_examples else []
     policy = load_policy(args.model, device=device, lora_rank=args.lora_rank, max_pixels=args.max_pixels)

@@ -2,6 +2,7 @@
 
 Rows are checked when a set is loaded and images are decoded when an example is drawn, so that a large set's pixels
 never lie in memory. A row that cannot be used is left out, counted and reported; more than 1 % of them stop the run.
+Of a large set a run that draws only few examples reads only so many, as a stream.
 """
 
 import base64
@@ -32,6 +33,8 @@ IMAGE_COLUMNS = ("images", "decoded_image", "image", "image_path", "file_name")
 QUESTION_COLUMNS = ("problem", "question", "prompt", "query")
 ANSWER_COLUMNS = ("answer", "solution", "label", "ground_truth")
 PUZZLE_COUNT = {"train": 1_000_000, "validation": 2_000, "test": 2_000, "shifted": 2_000}
+LARGE = 20_000  # rows of a set that is worth a stream
+SHUFFLED_ROWS = 1_000  # among which a stream draws the next
 MAX_ASPECT_RATIO = 200  # what the families' image processors accept
 T = TypeVar("T")
 MAX_IMAGE_PIXELS = 100_000_000  # beyond it a small file that unpacks to gigabytes is likelier than a photograph
@@ -64,13 +67,17 @@ def load_examples(
     kind: str = "",
     limit: int | None = None,
     max_bad: float = 0.01,
+    draws: int | None = None,
+    seed: int = 0,
 ) -> Sequence[Example]:
     """Examples of a split: `puzzles`; a short name of common/sets.py, `=FOLDER` behind it where a folder holds the set;
     a .jsonl or .parquet file; a folder with metadata.jsonl, metadata.parquet or a data set of its own; or a hub id.
     `@config` behind a folder or an id names one of its configurations.
 
     A file has no splits: it serves as any, and says so, unless files named after splits lie in a folder.
-    `limit` takes the first so many usable rows; `max_bad` is the share of unusable ones that is put up with.
+    `limit` takes the first so many usable rows; `max_bad` is the share of unusable ones that is put up with. `draws`
+    says how many examples will be drawn: where that is less than a quarter of a large set, only so many of its rows
+    are read, as a stream in an order drawn from `seed`.
 
     Raises:
         SystemExit: one line, when the data is not there, columns are missing, or too many rows cannot be used.
@@ -82,10 +89,10 @@ def load_examples(
             raise SystemExit(f"--data puzzles has no split {split!r}: choose one of {', '.join(SPLITS)}")
         return Puzzles(split, min(limit or PUZZLE_COUNT[split], PUZZLE_COUNT[split]))
     if data.split("=")[0] in SOURCES:
-        rows, root = open_source(data, split)
+        rows, root = open_source(data, split, draws, seed)
         columns = {"image": "images", "question": "question", "answer": "answer"}
         return Rows(data, rows, root, columns, kind, limit, max_bad)
-    data, rows, root = open_rows(data, split)
+    data, rows, root = open_rows(data, split, draws, seed)
     if not len(rows):
         raise SystemExit(f"--data {data}: no rows")
     names = list(dict.fromkeys(key for row in rows for key in row)) if isinstance(rows, list) else rows.column_names
@@ -190,8 +197,11 @@ class Rows(Sequence):
         return Example(images, question, answer, kind, choices, group, str(number if name is None else name))
 
 
-def open_rows(data: str, split: str) -> tuple[str, Sequence[dict], Path | None]:
+def open_rows(
+    data: str, split: str, draws: int | None = None, seed: int = 0
+) -> tuple[str, Sequence[dict], Path | None]:
     """The file or set that `data` stands for, its table, and the folder that image paths in it are relative to."""
+    stream = {"draws": draws, "seed": seed}
     files = (f"{split}.jsonl", f"{split}.parquet", "metadata.jsonl", "metadata.parquet")
     path = next((Path(data) / name for name in files if (Path(data) / name).is_file()), Path(data))
     if path.suffix in (".jsonl", ".parquet") and path.is_file():
@@ -202,13 +212,13 @@ def open_rows(data: str, split: str) -> tuple[str, Sequence[dict], Path | None]:
         return str(path), load_table(str(path), "parquet", "train", data_files=str(path)), path.parent
     name, config = (data, None) if path.exists() or "@" not in data else data.rsplit("@", 1)
     if Path(name).is_dir():
-        return data, load_table(data, name, split, config), Path(name)
+        return data, load_table(data, name, split, config, **stream), Path(name)
     if Path(name).suffix in (".jsonl", ".parquet") or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise SystemExit(f"--data {data}: no such .jsonl or .parquet file or folder, nor a hub id owner/name")
-    return data, load_table(data, name, split, config, hub=True), None
+    return data, load_table(data, name, split, config, hub=True, **stream), None
 
 
-def open_source(data: str, split: str) -> tuple[Readable, Path | None]:
+def open_source(data: str, split: str, draws: int | None = None, seed: int = 0) -> tuple[Readable, Path | None]:
     """The rows of a set of common/sets.py, and the folder that image paths in it are relative to."""
     name, _, folder = data.partition("=")
     source = SOURCES[name]
@@ -225,6 +235,7 @@ def open_source(data: str, split: str) -> tuple[Readable, Path | None]:
         print(f"--data {name}: {split!r} is its {' and '.join(splits) or 'only split'}", flush=True)
     from_hub = [folder] if folder else [i for i in source.ids if hub_answers(i)][:1] or source.ids[:1]
     options = {"data_files": str(Path(folder) / source.file)} if source.file else {}
+    options |= {"draws": draws, "seed": seed, "rows": source.rows} if source.rows else {}
     tables = [
         load_table(data, "parquet" if source.file else place, part, config, hub=not folder, **options)
         for place in from_hub
@@ -253,8 +264,19 @@ def read_jsonl(path: Path) -> list[dict]:
     return rows
 
 
-def load_table(data: str, name: str, split: str, config: str | None = None, hub: bool = False, **files):
-    """A `datasets` table whose images stay encoded until they are drawn."""
+def load_table(
+    data: str,
+    name: str,
+    split: str,
+    config: str | None = None,
+    hub: bool = False,
+    draws: int | None = None,
+    seed: int = 0,
+    rows: int = 0,
+    **files,
+) -> Sequence[dict]:
+    """A `datasets` table whose images stay encoded until they are drawn; or, as a list, the `draws` rows of a large
+    one. `rows` is the split's size, where it is known."""
     import datasets
 
     if hub and not datasets.config.HF_HUB_OFFLINE and not hub_answers(name):
@@ -264,8 +286,17 @@ def load_table(data: str, name: str, split: str, config: str | None = None, hub:
             table = datasets.load_from_disk(name)  # as `save_to_disk` leaves a set
             table = table[split or next(iter(table))] if isinstance(table, dict) else table
         else:
-            table = datasets.load_dataset(name, config, split=split or None, **files)
+            if draws and not rows:
+                stated = datasets.load_dataset_builder(name, config, **files).info.splits or {}
+                rows = stated[split].num_examples if split in stated else 0
+            # What was downloaded before is there as a whole only.
+            stream = bool(draws) and rows >= max(LARGE, 4 * draws) and not (hub and datasets.config.HF_HUB_OFFLINE)
+            table = datasets.load_dataset(name, config, split=split or None, streaming=stream, **files)
             table = next(iter(table.values())) if isinstance(table, dict) else table  # its only split
+            if stream:
+                table = table.decode(False) if table.features else table
+                print(f"--data {data}: a large set; {draws:,} of its {rows:,} rows are read, by --seed", flush=True)
+                return list(table.shuffle(seed=seed, buffer_size=SHUFFLED_ROWS).take(draws))
     except Exception as error:  # of the many that readers of files raise, each is a line for the user
         line = f"--data {data}: split {split!r} cannot be loaded ({one_line(error)})"
         if hub and datasets.config.HF_HUB_OFFLINE:

@@ -35,6 +35,8 @@ class Source:
     """archive whose unpacked folder must lie beside it, so that only a folder can be read"""
     judge: str = ""
     """what is left out because no rule can judge it"""
+    rows: int = 0
+    """of a large set: what `train` holds, of which a short run reads only a part"""
 
 
 # ------------------------------------------------------------------------------------------------- pieces of readers
@@ -217,11 +219,11 @@ SOURCES = {
     # to train on, some with a test split
     "geometry3k": Source(("hiyouga/geometry3k",), geometry3k, ("train",), ("test",)),
     "virl39k": Source(("TIGER-Lab/ViRL39K",), virl39k, ("train",), file="39Krelease.parquet", unpacked="images.zip"),
-    "virl39k-vppo": Source(("chamber111/VPPO_ViRL39K_train",), problem_answer, ("train",)),
-    "virl39k-papo": Source(("PAPOGalaxy/PAPO_ViRL39K_train",), problem_answer, ("train",)),
+    "virl39k-vppo": Source(("chamber111/VPPO_ViRL39K_train",), problem_answer, ("train",), rows=38_870),
+    "virl39k-papo": Source(("PAPOGalaxy/PAPO_ViRL39K_train",), problem_answer, ("train",), rows=38_870),
     "mmk12": Source(("FanqingM/MMK12",), mmk12, ("train",), ("test",)),
     "open-r1-8k": Source(("lmms-lab/multimodal-open-r1-8k-verified",), solution(""), ("train",)),
-    "clevr-count": Source(("leonardPKU/clevr_cogen_a_train",), solution("int"), ("train",)),
+    "clevr-count": Source(("leonardPKU/clevr_cogen_a_train",), solution("int"), ("train",), rows=70_000),
     "geoqa": Source(("leonardPKU/GEOQA_R1V_Train_8K",), solution("math"), ("train",)),
     "algopuzzle": Source(("declare-lab/AlgoPuzzleVQA",), puzzle_options),
     "puzzlevqa": Source(("declare-lab/PuzzleVQA",), puzzle_options),

@@ -139,6 +139,36 @@ def test_configurations_of_a_downloaded_set(tmp_path):
         load_examples(str(folder), "train")
 
 
+def test_of_a_large_set_a_short_run_reads_only_what_it_draws(tmp_path, monkeypatch, capsys):
+    """Its card states its size, as the hub's cards do."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for shard in range(4):
+        rows = [{"image": picture(32, 32, n), "problem": f"{shard}/{n}", "answer": "1"} for n in range(50)]
+        table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+        table.to_parquet(folder / f"train-{shard}-of-4.parquet")
+    features = "features:\n  - name: image\n    dtype: image\n" + "".join(
+        f"  - name: {name}\n    dtype: string\n" for name in ("problem", "answer")
+    )
+    splits = "splits:\n  - name: train\n    num_bytes: 600000\n    num_examples: 200\n"
+    (folder / "README.md").write_text(f"---\ndataset_info:\n  {features}  {splits}---\n")
+
+    monkeypatch.setattr("common.data.LARGE", 200)
+
+    def questions(draws, seed):
+        examples = load_examples(str(folder), draws=draws, seed=seed)
+        assert all(example.images[0].size == (32, 32) for example in examples)
+        return [example.question for example in examples]
+
+    first = questions(20, seed=1)
+    assert "a large set; 20 of its 200 rows are read" in capsys.readouterr().out
+    assert len(set(first)) == 20 and len({question[:8] for question in first}) == 4, "drawn from every shard"
+    assert first == questions(20, seed=1) != questions(20, seed=2)
+    assert len(questions(51, seed=1)) == 200, "a long run reads all of it"
+    monkeypatch.setattr("common.data.LARGE", 201)
+    assert len(questions(20, seed=1)) == 200, "and a small set is read as a whole"
+
+
 def test_the_column_with_pixels_is_taken_where_another_has_paths(tmp_path):
     """The schema of MathVista."""
     features = datasets.Features(

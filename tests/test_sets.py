@@ -72,6 +72,18 @@ def test_geometry3k(tmp_path):
     assert len(only("geometry3k", tmp_path)) == 1
 
 
+def test_large_sets_are_read_as_far_as_a_run_draws(tmp_path, capsys):
+    rows = [
+        {"image": png(colour=n % 9), "problem": f"How many? {n}", "solution": "<answer> 3 </answer>"} for n in range(40)
+    ]
+    save(tmp_path, "train", rows, image=IMAGE)
+    examples = only("clevr-count", tmp_path, "train", draws=8, seed=3)
+    assert len(examples) == len({example.question for example in examples}) == 8
+    assert "a large set; 8 of its 70,000 rows are read" in capsys.readouterr().out
+    answered(examples[0], "3", "4")
+    assert len(only("clevr-count", tmp_path, "train")) == 40
+
+
 def test_virl39k_is_a_named_file_beside_unpacked_pictures(tmp_path, capsys):
     (tmp_path / "images").mkdir()
     for n in range(2):
