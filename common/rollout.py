@@ -1,6 +1,6 @@
 """Sampling G completions per prompt.
 
-Each prompt is forwarded once, images included, and its keys and values repeated for its G rows. All rows are decoded
+Each prompt is forwarded once, images included, and its keys and values serve all its G rows. All rows are decoded
 together; rows that have ended are dropped as the batch shrinks. Nothing of a checkpoint's own generation settings is
 used: temperature, top-p and top-k are arguments, and every end token of the model ends a row.
 
@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from common.forward import Prefix, forward_prompts
-from common.layers import attention, fused, rms_norm, rotary_tables
+from common.layers import fused, normalize, rms_norm, rotary_tables
 from common.model import Policy, Prompts
 
 # Ended rows are looked for every so many tokens, which costs a wait for the device, and are dropped when a quarter of
 # the rows has ended, which costs a copy of the cache.
 DROP_EVERY = 4
 DROP_BELOW = 0.75
+GRAPH_TOKENS = 128  # a CUDA graph reads so many places of the cache more than the one before
 
 
 @dataclass
@@ -71,9 +72,8 @@ def sample(
         decoder = Decoder(model, prefix, group_size, max_new_tokens)
         active = torch.arange(rows, device=device)  # [A] the rows still decoded
         hidden = prefix.states[:, -1].repeat_interleave(group_size, dim=0)  # [A, H]
-        head = model.get_output_embeddings().weight
         for t in range(max_new_tokens):
-            logits = (hidden @ head.T.to(hidden.dtype)).float()  # [A, V]
+            logits = decoder.head(hidden).float()  # [A, V]
             draw = None if uniforms is None else uniforms[active, t]  # [A]
             tokens, token_logprobs = draw_tokens(logits, draw, policy.banned, temperature, top_p, top_k)
             ids[active, t] = tokens
@@ -138,65 +138,150 @@ class Decoder:
 
     `common.layers.decoder_layer` with the model's weights in fewer and larger operations, for with one token a row the
     operations' number costs as much as their arithmetic: queries, keys and values come from one matrix product, gate
-    and up from another; the norms' weights and the scale of the scores lie in the rotary tables, which are computed
-    once. Keys and values are written in place.
+    and up from another; the norms' weights and the scale of the scores are multiplied into the rotary factors.
+
+    The keys and values of a prompt are kept once and read once for all its rows, whose queries stand side by side; a
+    row has only those of its own tokens. On CUDA a step is recorded once as a graph and replayed, with no Python
+    between its kernels, for as long as the shapes stay: for `GRAPH_TOKENS` tokens, or until rows are dropped.
     """
 
     def __init__(self, model: torch.nn.Module, prefix: Prefix, group_size: int, max_new_tokens: int):
         self.text = model.model.language_model
         attentions, mlps = zip(*((layer.self_attn, layer.mlp) for layer in self.text.layers), strict=True)
         self.qkv = [fused(a.q_proj, a.k_proj, a.v_proj) for a in attentions]
+        self.out = [fused(a.o_proj) for a in attentions]
         self.gate_up = [fused(m.gate_proj, m.up_proj) for m in mlps]
-        self.caches = []  # a layer: [2, A, key heads, P + T, D], keys and values
-        for keys, values in zip(prefix.keys, prefix.values, strict=True):
-            # Under autocast keys may come in float32, but attention computes in the values' precision.
-            both = torch.stack([keys.to(values.dtype), values])
-            _, prompts, heads, self.length, size = both.shape
-            cache = both.new_empty(2, prompts * group_size, heads, self.length + max_new_tokens, size)
-            cache[..., : self.length, :] = both.repeat_interleave(group_size, dim=1)
-            self.caches.append(cache)
+        self.down = [fused(m.down_proj) for m in mlps]
+        self.head = fused(model.get_output_embeddings())
+        # Under autocast keys may come in float32, but attention computes in the values' precision.
+        # Heads stand in front of rows, so that a prompt's rows lie side by side and are a matrix without a copy.
+        prompts, heads, _, size = prefix.values[0].shape
+        pairs = zip(prefix.keys, prefix.values, strict=True)
+        self.prompts = [torch.stack([k.to(v.dtype), v]).transpose(1, 2).contiguous() for k, v in pairs]
+        shape = (2, heads, prompts * group_size, max_new_tokens, size)
+        # A layer: keys and values, [2, key heads, N, P, D] above and [2, key heads, A, T, D] here, zeros at first, for
+        # what is not written yet has weight 0, and 0 times it must be 0.
+        self.caches = [values.new_zeros(shape) for values in prefix.values]
+        self.prompt_bias = None
+        if not bool(prefix.attention_mask.all()):
+            bias = torch.zeros(prefix.attention_mask.shape, device=prefix.attention_mask.device)
+            self.prompt_bias = bias.masked_fill(~prefix.attention_mask, -torch.inf)[:, None]  # [N, 1, P]
+        self.prompt_of_row = torch.arange(prompts, device=prefix.states.device).repeat_interleave(group_size)  # [A]
+        self.row_of_slot = self.slot_of_row = None  # each prompt has as many rows, in order
+        self.slots = group_size
         self.positions = prefix.next_positions.repeat_interleave(group_size)  # [A] of the next token
+        self.length = 0  # tokens fed
+        self.at = torch.zeros(1, dtype=torch.int64, device=prefix.states.device)  # the same, where a graph reads it
         every = torch.arange(int(self.positions.max()) + max_new_tokens, device=self.positions.device)
-        cos, sin = (table[0, :, None, None] for table in rotary_tables(self.text, every.expand(3, 1, -1)))
-        weights = torch.stack([head_weights(a) for a in attentions])  # [layers, query and key heads, D]
+        self.rotary = [table[0] for table in rotary_tables(self.text, every.expand(3, 1, -1))]  # cos, sin: [S, D]
+        self.weights = torch.stack([head_weights(a) for a in attentions])  # [layers, query and key heads, D]
         # Rotating rolls the heads by half, and their weights with them.
-        self.rotary = torch.stack([cos * weights, sin * weights.roll(cos.shape[-1] // 2, -1)], 1)  # [S, 2, layers, ...]
-        padded = not bool(prefix.attention_mask.all())
-        self.prompt_mask = prefix.attention_mask.repeat_interleave(group_size, dim=0) if padded else None  # [A, P]
+        self.rolled_weights = self.weights.roll(size // 2, -1)
+        self.graph = None
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Feed one token a row [A]; returns the hidden states [A, H] that predict the next."""
+        """Feed one token a row [A]; returns the hidden states [A, H] that predict the next, good until it is fed."""
+        if tokens.is_cuda:
+            span = min((self.length // GRAPH_TOKENS + 1) * GRAPH_TOKENS, self.caches[0].shape[3])
+            if self.graph is None or span != self.span:
+                self.record(tokens, span)
+            self.tokens.copy_(tokens)
+            self.graph.replay()
+            hidden = self.hidden
+        else:
+            hidden = self.forward(tokens, self.length + 1)
+        self.length += 1
+        self.at += 1
+        self.positions += 1
+        return hidden
+
+    def record(self, tokens: torch.Tensor, span: int) -> None:
+        """Record `forward` as a CUDA graph over the first `span` places of the cache."""
+        self.graph, self.span, self.tokens = None, span, tokens.clone()
+        self.forward(self.tokens, span)  # loads kernels; running it again writes the same at the same place
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the thread that prepares the next images may go on meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.hidden = self.forward(self.tokens, span)
+        self.graph = graph
+
+    def forward(self, tokens: torch.Tensor, span: int) -> torch.Tensor:
+        """Hidden states of tokens [A], which look at the first `span` places of the cache, as far as those are filled.
+
+        Nothing in it depends on what the host knows of the step but `span`, and it changes nothing but the place `at`
+        of the caches, so that it can be recorded, and run twice.
+        """
         hidden = self.text.embed_tokens(tokens)  # [A, H]
-        cosines, sines = self.rotary.index_select(0, self.positions).unbind(1)  # [A, layers, query and key heads, D]
-        self.positions = self.positions + 1
-        at, self.length = self.length, self.length + 1
-        mask = None
-        if self.prompt_mask is not None:
-            mask = torch.nn.functional.pad(self.prompt_mask, (0, self.length - self.prompt_mask.shape[1]), value=True)
-            mask = mask[:, None, None]  # [A, 1, 1, P + t]
+        cos, sin = (table.index_select(0, self.positions)[:, None, None] for table in self.rotary)
+        cosines, sines = cos * self.weights, sin * self.rolled_weights  # [A, layers, query and key heads, D]
+        future = None
+        if span > self.length + 1 or tokens.is_cuda:
+            places = torch.arange(span, device=tokens.device)
+            future = torch.zeros(span, device=tokens.device).masked_fill(places > self.at, -torch.inf)  # [span]
         for number, (layer, cache) in enumerate(zip(self.text.layers, self.caches, strict=True)):
             heads = self.qkv[number](rms_norm(hidden, layer.input_layernorm))
             heads = heads.unflatten(-1, (-1, layer.self_attn.head_dim))  # [A, query, key and value heads, D]
             rotated = heads[:, : cosines.shape[2]]
             if hasattr(layer.self_attn, "q_norm"):  # Qwen3
                 eps = layer.self_attn.q_norm.variance_epsilon
-                rotated = torch.nn.functional.rms_norm(rotated, rotated.shape[-1:], None, eps)
+                rotated = normalize(rotated, eps)
             rolled = rotated.roll(rotated.shape[-1] // 2, -1)
-            rotated = torch.addcmul(rotated * cosines[:, number], rolled, sines[:, number])
-            q, k = rotated.split([rotated.shape[1] - cache.shape[2], cache.shape[2]], dim=1)
-            cache[0, :, :, at], cache[1, :, :, at] = k, heads[:, cosines.shape[2] :]
-            keys, values = cache[:, :, :, : self.length]
-            gathered = attention(q[:, :, None], keys, values, mask, 1.0)  # [A, query heads, 1, D]
-            hidden = hidden + layer.self_attn.o_proj(gathered.flatten(1))
+            rotated = torch.addcmul(rotated * cosines[:, number], rolled, sines[:, number]).to(cache.dtype)
+            q, k = rotated.split([rotated.shape[1] - cache.shape[1], cache.shape[1]], dim=1)
+            for stored, new in zip(cache, (k, heads[:, cosines.shape[2] :]), strict=True):
+                stored.index_copy_(2, self.at, new.transpose(0, 1)[:, :, None])
+            gathered = self.attend(q, *self.prompts[number], *cache[:, :, :, :span], future)
+            hidden = hidden + self.out[number](gathered)
             gate, up = self.gate_up[number](rms_norm(hidden, layer.post_attention_layernorm)).chunk(2, dim=-1)
-            hidden = hidden + layer.mlp.down_proj(layer.mlp.act_fn(gate) * up)
+            hidden = hidden + self.down[number](layer.mlp.act_fn(gate) * up)
         return rms_norm(hidden, self.text.norm)
 
+    def attend(self, q, prompt_keys, prompt_values, keys, values, future) -> torch.Tensor:
+        """What queries [A, query heads, D] gather [A, query heads * D] from their prompts' keys and values
+        [key heads, N, P, D] and from their own [key heads, A, span, D]."""
+        q = q.unflatten(1, (len(keys), -1)).transpose(0, 1).contiguous()  # [key heads, A, queries, D]
+        theirs = products(self.by_prompt(q), prompt_keys.mT)  # [key heads, N, slots * queries, P]
+        theirs = theirs if self.prompt_bias is None else theirs + self.prompt_bias
+        own = products(q, keys.mT)  # [key heads, A, queries, span]
+        own = own if future is None else own + future
+        weights = torch.cat([self.by_row(theirs), own], dim=-1).softmax(-1).to(values.dtype)
+        theirs, own = weights.split([prompt_keys.shape[2], keys.shape[2]], dim=-1)
+        gathered = self.by_row(self.by_prompt(theirs) @ prompt_values) + own @ values  # [key heads, A, queries, D]
+        return gathered.transpose(0, 1).flatten(1)
+
+    def by_prompt(self, x: torch.Tensor) -> torch.Tensor:
+        """[heads, A, queries, X], a row each, as [heads, N, slots * queries, X], a prompt each."""
+        x = x if self.row_of_slot is None else x.index_select(1, self.row_of_slot)
+        return x.unflatten(1, (-1, self.slots)).flatten(2, 3)
+
+    def by_row(self, x: torch.Tensor) -> torch.Tensor:
+        """The way back."""
+        x = x.unflatten(2, (self.slots, -1)).flatten(1, 2)
+        return x if self.slot_of_row is None else x.index_select(1, self.slot_of_row)
+
     def keep(self, rows: torch.Tensor) -> None:
-        """Keep only `rows` [A'] of the rows in flight."""
-        self.caches = [cache[:, rows] for cache in self.caches]
+        """Keep only `rows` [A'], ascending, of the rows in flight, and of the prompts those that have one."""
+        self.caches = [cache[:, :, rows] for cache in self.caches]
         self.positions = self.positions[rows]
-        self.prompt_mask = None if self.prompt_mask is None else self.prompt_mask[rows]
+        left, self.prompt_of_row = self.prompt_of_row[rows].unique(return_inverse=True)
+        if len(left) < self.prompts[0].shape[2]:
+            self.prompts = [both[:, :, left] for both in self.prompts]
+            self.prompt_bias = None if self.prompt_bias is None else self.prompt_bias[left]
+        counts = self.prompt_of_row.bincount()  # [N]
+        self.slots = int(counts.max())
+        row = torch.arange(len(rows), device=rows.device)
+        before = counts.cumsum(0) - counts
+        self.slot_of_row = self.prompt_of_row * self.slots + row - before[self.prompt_of_row]  # [A]
+        # A slot without a row repeats row 0; nobody reads what comes of it.
+        self.row_of_slot = row.new_zeros(len(left) * self.slots).scatter(0, self.slot_of_row, row)
+        self.graph = None
+
+
+def products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Matrix products [B, heads, X, Y]. On CUDA scores stay in float32, as in the fused kernels that scoring uses."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
+    return a @ b
 
 
 def head_weights(attention: torch.nn.Module) -> torch.Tensor:

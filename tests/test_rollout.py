@@ -129,6 +129,26 @@ def test_rows_that_end_are_dropped_without_disturbing_the_others(monkeypatch):
     assert (lengths[~dropping.ended] == 30).all()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_cuda_graph_records_computes_the_same(family, monkeypatch):
+    policy = small_policy(family)
+    policy.end_token_ids = list(range(40))  # rows end and are dropped, so that prompts keep unequal numbers of them
+    prompts, _, _ = small_prompts(policy)
+    uniforms = uniform_numbers(0, 0, range(3 * 8), 20)
+    plain = sample(policy, prompts, 8, 20, uniforms)
+
+    def recorded_step(self, tokens):
+        hidden = self.forward(tokens, span=20)  # the whole cache, whatever is filled, as a graph reads it
+        assert torch.equal(hidden, self.forward(tokens, span=20)), "recording a step and replaying it is no second step"
+        self.length, self.at, self.positions = self.length + 1, self.at + 1, self.positions + 1
+        return hidden
+
+    monkeypatch.setattr("common.rollout.Decoder.step", recorded_step)
+    recorded = sample(policy, prompts, 8, 20, uniforms)
+    assert torch.equal(plain.completion_ids, recorded.completion_ids)
+    torch.testing.assert_close(plain.old_logprobs, recorded.old_logprobs, atol=1e-5, rtol=0)
+
+
 def test_nothing_is_inherited_from_the_checkpoints_generation_settings():
     policy = small_policy()
     prompts, _, _ = small_prompts(policy)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from common.data import ahead
 from common.forward import Scorer, micro_batches, rows_of
-from common.model import encode_prompts, load_policy
+from common.model import Policy, encode_prompts, load_policy
 from common.rollout import decode, sample, uniform_numbers
 from grpo import Args, group_advantages, policy_loss, token_weights
 
@@ -43,15 +43,19 @@ class Options:
     """CPU threads"""
 
 
-def main(options: Options) -> float:
-    device = "cuda" if options.cuda else "cpu"
+def open_policy(options: Options) -> Policy:
     if not options.cuda:
         torch.set_num_threads(options.threads)
-    policy = load_policy(options.model, device=device)
+    policy = load_policy(options.model, device="cuda" if options.cuda else "cpu")
     policy.end_token_ids = [-1]  # no token ends a completion, so that each has its full length
+    return policy
+
+
+def measure(policy: Policy, options: Options) -> tuple[list[float], dict[str, float]]:
+    """Seconds of each step, and of each phase the median."""
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
     scorer = Scorer(policy, gradient_checkpointing=options.cuda)
-    args, rows = Args(), options.prompts * options.group
+    args, rows, device = Args(), options.prompts * options.group, policy.device
     messages = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": options.question}]}]]
     totals, phases = [], {}
 
@@ -86,12 +90,15 @@ def main(options: Options) -> float:
         optimizer.zero_grad()
         totals.append(mark("update", now) - start)
         assert int(mask.sum()) == rows * options.tokens
-    totals, phases = totals[1:], {name: statistics.median(seconds[1:]) for name, seconds in phases.items()}
+    return totals[1:], {name: statistics.median(seconds[1:]) for name, seconds in phases.items()}
+
+
+def main(options: Options) -> None:
+    totals, phases = measure(open_policy(options), options)
     print("seconds a phase: " + ", ".join(f"{name} {seconds:.3f}" for name, seconds in phases.items()))
     print(f"seconds a step: min {min(totals):.3f} median {statistics.median(totals):.3f} max {max(totals):.3f}")
     if options.cuda:
         print(f"peak memory GiB: {torch.cuda.max_memory_allocated() / 2**30:.1f}")
-    return statistics.median(totals)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.memory --group-size 8 --prompts 8 --completion 512 --image-tokens 1000
 
 Counted: weights as this project holds them (float32 masters of what is trained, bfloat16 of what is frozen), their
-bfloat16 copies under autocast, gradients and Adam's two moments in float32; the larger of sampling's cache (bfloat16,
-the prompt repeated for its group) and of one micro-batch's activations with recomputation (a float32 state a layer and
+bfloat16 copies under autocast, gradients and Adam's two moments in float32; the larger of sampling's cache (bfloat16)
+and of one micro-batch's activations with recomputation (a float32 state a layer and
 token, one layer's insides, the prompts' keys and values); the logits of one chunk. 10 % are kept free.
 """
 
@@ -76,7 +76,7 @@ def gibibytes(name: str, lora: bool, options: Options) -> dict[str, float]:
     trained = adapter_parameters(name, options.lora_rank) if lora else weights
     rows, width = options.prompts * options.group_size, options.prompt + options.image_tokens
     kept = weights * 2 + trained * 4 if lora else weights * 4
-    cache = 2 * layers * key_heads * 128 * 2 * rows * (width + options.completion)
+    cache = 2 * layers * key_heads * 128 * 2 * (options.prompts * width + rows * options.completion)
     tokens = max(options.micro_batch_tokens, width + options.group_size * options.completion)
     inside = tokens * (2 * mlp + 2 * heads * 128 + 4 * hidden) * 2
     activations = tokens * layers * hidden * 4 + inside + 2 * layers * key_heads * 128 * 2 * tokens
