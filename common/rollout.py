@@ -17,10 +17,10 @@ from common.forward import Prefix, forward_prompts
 from common.layers import fused, normalize, rms_norm, rotary_tables
 from common.model import Policy, Prompts
 
-# Ended rows are looked for every so many tokens, which costs a wait for the device, and are dropped when a quarter of
-# the rows has ended, which costs a copy of the cache.
+# Ended rows are looked for every so many tokens, which costs a wait for the device, and are dropped when no more than
+# this share of the rows goes on, which costs a copy of the cache and on CUDA another recording.
 DROP_EVERY = 4
-DROP_BELOW = 0.75
+DROP_BELOW = {"cpu": 0.75, "cuda": 0.5}
 GRAPH_TOKENS = 128  # a CUDA graph reads so many places of the cache more than the one before
 
 
@@ -84,7 +84,7 @@ def sample(
                 keep = (~torch.isin(ids[active, : t + 1], ends).any(1)).nonzero()[:, 0]
                 if len(keep) == 0:
                     break
-                if len(keep) <= DROP_BELOW * len(active):
+                if len(keep) <= DROP_BELOW[device.type] * len(active):
                     active, tokens = active[keep], tokens[keep]
                     decoder.keep(keep)
             hidden = decoder.step(tokens)

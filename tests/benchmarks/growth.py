@@ -33,7 +33,7 @@ class Options:
     """what stays the same"""
     group: tuple[int, ...] = (2, 4, 8, 16, 32)
     tokens: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
-    image: tuple[int, ...] = (64, 128, 256, 512)
+    image: tuple[int, ...] = (64, 96, 128, 192, 256)
     prompts: tuple[int, ...] = (2, 4, 8, 16, 32)
     out: str = "growth.png"
 
@@ -46,7 +46,7 @@ def main(options: Options) -> None:
         for size in sizes:
             if options.step.cuda:
                 torch.cuda.reset_peak_memory_stats()
-            totals, phases = measure(policy, replace(options.step, **{name: size}))
+            totals, phases, _, _ = measure(policy, replace(options.step, **{name: size}))
             peaks.append(torch.cuda.max_memory_allocated() / 2**30 if options.step.cuda else None)
             phases = {"step": statistics.median(totals)} | {phase: phases[phase] for phase in ("sample", "score")}
             for phase, seconds in phases.items():

@@ -3,9 +3,12 @@
     python -m tests.benchmarks.grpo_step --prompts 8 --group 8 --tokens 64 --image 64
 
 A step is what grpo.py does between two batches: process images, sample, decode, reward, score, backward, update.
+Beside the two large phases stand their floors: their matrix products at the rate of one large product on this machine
+and, for sampling, the weights, keys and values to read for each token at the bandwidth of a large copy.
 To measure against another trainer, run both in turn on the same machine and compare the medians.
 """
 
+import contextlib
 import statistics
 import time
 from dataclasses import dataclass
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import tyro
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from common.data import ahead
 from common.forward import Scorer, micro_batches, rows_of
@@ -51,13 +55,45 @@ def open_policy(options: Options) -> Policy:
     return policy
 
 
-def measure(policy: Policy, options: Options) -> tuple[list[float], dict[str, float]]:
-    """Seconds of each step, and of each phase the median."""
+def rates(policy: Policy) -> tuple[float, float]:
+    """Operations a second of one large matrix product, bytes a second of one large copy, the best of ten each."""
+    matrix = torch.randn(4096 if policy.device.type == "cuda" else 1024, 8192, device=policy.device)
+    square, source = matrix.T.contiguous(), torch.zeros(2**26, device=policy.device)
+    target = source.clone()
+
+    def best(work) -> float:
+        seconds = []
+        for _ in range(10):
+            start = time.perf_counter()
+            work()
+            if policy.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    with policy.autocast():
+        product = best(lambda: matrix @ square)
+    return 2 * matrix.numel() * len(matrix) / product, 2 * source.nbytes / best(lambda: target.copy_(source))
+
+
+def sampling_needs(policy: Policy, width: int, options: Options) -> tuple[float, float]:
+    """Operations of sampling's matrix products (those of attention and of the image left out) and bytes it reads."""
+    config, text = policy.base.config.text_config, policy.base.model.language_model
+    weights = sum(p.numel() for p in text.layers.parameters()) + policy.base.get_output_embeddings().weight.numel()
+    rows, size = options.prompts * options.group, 2 if policy.device.type == "cuda" else 4
+    cached = options.prompts * width + rows * options.tokens / 2  # places, on average over the tokens
+    a_place = 2 * config.num_hidden_layers * config.num_key_value_heads * text.layers[0].self_attn.head_dim
+    operations = 2 * weights * (rows * options.tokens + options.prompts * width)
+    return operations, options.tokens * size * (weights + cached * a_place)
+
+
+def measure(policy: Policy, options: Options) -> tuple[list[float], dict[str, float], float, int]:
+    """Seconds of each step, of each phase the median; operations of scoring; prompt tokens."""
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
     scorer = Scorer(policy, gradient_checkpointing=options.cuda)
     args, rows, device = Args(), options.prompts * options.group, policy.device
     messages = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": options.question}]}]]
-    totals, phases = [], {}
+    totals, phases, operations = [], {}, 0.0
 
     def mark(name: str, since: float) -> float:
         if options.cuda:
@@ -81,22 +117,34 @@ def measure(policy: Policy, options: Options) -> tuple[list[float], dict[str, fl
         mask, width = rollout.completion_mask, prompts.input_ids.shape[1]
         for batch in micro_batches(mask, width, options.group, options.micro_batch_tokens):
             own = rows_of(batch, options.group)
-            scores = scorer(prompts.select(batch), rollout.completion_ids[own], mask[own])
-            losses, _ = policy_loss(scores.logprobs, scores.logprobs.detach(), advantages[own, None], mask[own], args)
-            (losses * token_weights(mask[own], "dapo", rows, int(mask.sum()), options.tokens)).sum().backward()
+            with FlopCounterMode(display=False) if step == 0 else contextlib.nullcontext() as counter:
+                scores = scorer(prompts.select(batch), rollout.completion_ids[own], mask[own])
+                new, shared = scores.logprobs, advantages[own, None]
+                losses, _ = policy_loss(new, new.detach(), shared, mask[own], args)
+                (losses * token_weights(mask[own], "dapo", rows, int(mask.sum()), options.tokens)).sum().backward()
+            operations += counter.get_total_flops() if counter else 0
         now = mark("score", now)
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         totals.append(mark("update", now) - start)
         assert int(mask.sum()) == rows * options.tokens
-    return totals[1:], {name: statistics.median(seconds[1:]) for name, seconds in phases.items()}
+    return totals[1:], {name: statistics.median(times[1:]) for name, times in phases.items()}, operations, width
 
 
 def main(options: Options) -> None:
-    totals, phases = measure(open_policy(options), options)
+    policy = open_policy(options)
+    totals, phases, operations, width = measure(policy, options)
     print("seconds a phase: " + ", ".join(f"{name} {seconds:.3f}" for name, seconds in phases.items()))
     print(f"seconds a step: min {min(totals):.3f} median {statistics.median(totals):.3f} max {max(totals):.3f}")
+    rate, bandwidth = rates(policy)
+    products, read = sampling_needs(policy, width, options)
+    print(f"this machine: {rate / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s")
+    for phase, amount, other in (("sample", products, read / bandwidth), ("score", operations, 0.0)):
+        floor = max(amount / rate, other)
+        share = floor / phases[phase]
+        print(f"floor of {phase}: {floor:.3f} s of {phases[phase]:.3f} ({share:.0%}), for {amount / 1e9:.1f} GFLOP")
+    print(f"sampled tokens a second: {options.prompts * options.group * options.tokens / phases['sample']:.0f}")
     if options.cuda:
         print(f"peak memory GiB: {torch.cuda.max_memory_allocated() / 2**30:.1f}")
 
