@@ -8,6 +8,7 @@ The draws are a pure function of uniform numbers given per row and token, so a r
 rows stand beside it, in one process or several, in a first run or a resumed one.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -177,14 +178,20 @@ class Decoder:
         self.weights = torch.stack([head_weights(a) for a in attentions])  # [layers, query and key heads, D]
         # Rotating rolls the heads by half, and their weights with them.
         self.rolled_weights = self.weights.roll(size // 2, -1)
-        self.graph = None
+        self.graph, self.recording = None, can_record(prefix.states.device)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Feed one token a row [A]; returns the hidden states [A, H] that predict the next, good until it is fed."""
-        if tokens.is_cuda:
-            span = min((self.length // GRAPH_TOKENS + 1) * GRAPH_TOKENS, self.caches[0].shape[3])
-            if self.graph is None or span != self.span:
+        span = min((self.length // GRAPH_TOKENS + 1) * GRAPH_TOKENS, self.caches[0].shape[3])
+        if self.recording and (self.graph is None or span != self.span):
+            try:
                 self.record(tokens, span)
+            except RuntimeError as error:  # slower, but the same
+                self.recording, self.graph = False, None
+                warnings.warn(
+                    f"sampling goes on without CUDA graphs: {' '.join(str(error).split())[:200]}", stacklevel=2
+                )
+        if self.recording:
             self.tokens.copy_(tokens)
             self.graph.replay()
             hidden = self.hidden
@@ -215,7 +222,7 @@ class Decoder:
         cos, sin = (table.index_select(0, self.positions)[:, None, None] for table in self.rotary)
         cosines, sines = cos * self.weights, sin * self.rolled_weights  # [A, layers, query and key heads, D]
         future = None
-        if span > self.length + 1 or tokens.is_cuda:
+        if span > self.length + 1 or self.recording:
             places = torch.arange(span, device=tokens.device)
             future = torch.zeros(span, device=tokens.device).masked_fill(places > self.at, -torch.inf)  # [span]
         for number, (layer, cache) in enumerate(zip(self.text.layers, self.caches, strict=True)):
@@ -275,6 +282,10 @@ class Decoder:
         # A slot without a row repeats row 0; nobody reads what comes of it.
         self.row_of_slot = row.new_zeros(len(left) * self.slots).scatter(0, self.slot_of_row, row)
         self.graph = None
+
+
+def can_record(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -149,6 +149,24 @@ def test_what_a_cuda_graph_records_computes_the_same(family, monkeypatch):
     torch.testing.assert_close(plain.old_logprobs, recorded.old_logprobs, atol=1e-5, rtol=0)
 
 
+def test_where_a_graph_cannot_be_recorded_sampling_goes_on_and_says_so(monkeypatch):
+    policy = small_policy()
+    prompts, _, _ = small_prompts(policy)
+    uniforms = uniform_numbers(0, 0, range(9), TOKENS)
+    plain = sample(policy, prompts, GROUP, TOKENS, uniforms)
+
+    def refuse(*_):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr("common.rollout.can_record", lambda device: True)
+    monkeypatch.setattr("common.rollout.Decoder.record", refuse)
+    with pytest.warns(
+        UserWarning, match="without CUDA graphs: operation not permitted when stream is capturing"
+    ) as told:
+        unrecorded = sample(policy, prompts, GROUP, TOKENS, uniforms)
+    assert torch.equal(plain.completion_ids, unrecorded.completion_ids) and len(told) == 1
+
+
 def test_nothing_is_inherited_from_the_checkpoints_generation_settings():
     policy = small_policy()
     prompts, _, _ = small_prompts(policy)
