@@ -19,9 +19,9 @@ from common.layers import fused, normalize, rms_norm, rotary_tables
 from common.model import Policy, Prompts
 
 # Ended rows are looked for every so many tokens, which costs a wait for the device, and are dropped when no more than
-# this share of the rows goes on, which costs a copy of the cache and on CUDA another recording.
+# this share of the rows goes on, which costs a copy of the cache and, where steps are recorded, another recording.
 DROP_EVERY = 4
-DROP_BELOW = {"cpu": 0.75, "cuda": 0.5}
+DROP_BELOW, DROP_RECORDED_BELOW = 0.75, 0.5
 GRAPH_TOKENS = 128  # a CUDA graph reads so many places of the cache more than the one before
 
 
@@ -85,7 +85,7 @@ def sample(
                 keep = (~torch.isin(ids[active, : t + 1], ends).any(1)).nonzero()[:, 0]
                 if len(keep) == 0:
                     break
-                if len(keep) <= DROP_BELOW[device.type] * len(active):
+                if len(keep) <= (DROP_RECORDED_BELOW if decoder.recording else DROP_BELOW) * len(active):
                     active, tokens = active[keep], tokens[keep]
                     decoder.keep(keep)
             hidden = decoder.step(tokens)

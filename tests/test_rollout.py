@@ -5,7 +5,7 @@ import torch
 from scipy.stats import chisquare
 
 from common.forward import Scorer
-from common.rollout import DROP_BELOW, decode, draw_tokens, sample, uniform_numbers
+from common.rollout import decode, draw_tokens, sample, uniform_numbers
 from tests.small_models import FAMILIES, small_policy, small_prompts
 
 GROUP, TOKENS = 3, 12
@@ -114,7 +114,7 @@ def test_rows_that_end_are_dropped_without_disturbing_the_others(monkeypatch):
     prompts, _, _ = small_prompts(policy)
     uniforms = uniform_numbers(0, 0, range(3 * 16), 30)
     dropping = sample(policy, prompts, 16, 30, uniforms)
-    monkeypatch.setitem(DROP_BELOW, "cpu", 0.0)
+    monkeypatch.setattr("common.rollout.DROP_BELOW", 0.0)
     whole = sample(policy, prompts, 16, 30, uniforms)
     assert torch.equal(dropping.completion_ids, whole.completion_ids)
     assert torch.equal(dropping.completion_mask, whole.completion_mask)

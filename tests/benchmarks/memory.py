@@ -4,8 +4,8 @@
 
 Counted: weights as this project holds them (float32 masters of what is trained, bfloat16 of what is frozen), their
 bfloat16 copies under autocast, gradients and Adam's two moments in float32; the larger of sampling's cache (bfloat16)
-and of one micro-batch's activations with recomputation (a float32 state a layer and
-token, one layer's insides, the prompts' keys and values); the logits of one chunk. 10 % are kept free.
+and of one micro-batch's activations with recomputation (a float32 state a layer and token, one layer's insides, the
+prompts' keys and values); the logits of one chunk. 10 % are kept free.
 """
 
 from dataclasses import dataclass
