@@ -74,7 +74,7 @@ def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> 
                  "--resume" if begun else "--out", path])  # fmt: skip
     cells = {}
     for split in args.splits:
-        file = folder.resolve() / "evaluations" / f"{split}.json"
+        file = folder.resolve() / "evaluations" / f"{split}-{args.limit}.json"
         corrupted = args.corruptions if split == args.splits[0] else ()
         flags = ["--corruptions", *corrupted, "--severities", *map(str, args.severities)] if corrupted else []
         if corrupted or not file.is_file():

@@ -1,6 +1,7 @@
 """A study: two methods, trained, evaluated on the same pictures and compared in pairs, by one command."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -27,6 +28,9 @@ def test_a_small_study(tmp_path, capsys):
         "nothing trained again"
     )
     assert capsys.readouterr().out == text
+    main(replace(args, limit=5, look=0))  # the same runs on more examples
+    assert "test: 5 examples, seeds 3" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
 
 
 @pytest.mark.parametrize(
