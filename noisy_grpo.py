@@ -38,7 +38,6 @@ import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType
 from PIL import Image
 
 from common.corruptions import rgb
@@ -46,10 +45,10 @@ from common.data import TEMPLATE, ahead, batch_indices, build_messages, check_te
 from common.designs import check_markers, check_tokenizer, design_rewards, overlong_penalty, request_for
 from common.evaluate import evaluate
 from common.forward import Scorer, micro_batches, rows_of, score_without_gradient
-from common.model import encode_prompts, load_policy, replace_images
+from common.model import check_model, encode_prompts, load_policy, replace_images
 from common.rewards import score
 from common.rollout import decode, sample, uniform_numbers
-from common.run import Run, memory_advice
+from common.run import Run, check_accelerate, check_flags, memory_advice
 
 
 @dataclass
@@ -344,7 +343,9 @@ def posterior_advantages(rewards: torch.Tensor, levels: torch.Tensor, args: Args
 @memory_advice()
 def main(args: Args) -> dict:
     # === Set up ===
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
+    )
     device, processes = accelerator.device, accelerator.num_processes
     check(args, accelerator)
     run = Run(args, accelerator, "noisy_grpo")
@@ -353,7 +354,9 @@ def main(args: Args) -> dict:
     train = load_examples(args.data, args.train_split, draws=draws, seed=args.seed, **columns)
     held_out = load_examples(args.data, args.eval_split, limit=args.eval_examples, **columns) if args.eval_every else []
     test = load_examples(args.data, args.test_split, limit=args.test_examples, **columns) if args.test_examples else []
-    policy = load_policy(args.model, device=device, lora_rank=args.lora_rank, max_pixels=args.max_pixels)
+    policy = load_policy(
+        args.model, device=device, lora_rank=args.lora_rank, max_pixels=args.max_pixels, seed=args.seed
+    )
     check_tokenizer(args.reward, policy.tokenizer)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
@@ -599,14 +602,13 @@ def main(args: Args) -> dict:
 
 def check(args: Args, accelerator: Accelerator) -> None:
     """Stop with one line before anything long starts."""
-    processes, kind = accelerator.num_processes, accelerator.distributed_type
-    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise SystemExit(f"accelerate is configured for {kind.value}: only plain data parallelism is supported so far")
+    processes = accelerator.num_processes
+    check_accelerate(accelerator)
+    check_flags(args)
+    check_model(args.model)
     args.prompt_template = check_template(args.prompt_template)
     if args.model != "tiny":
         check_markers(args.reward, args.prompt_template)
-    if args.group_size < 2:
-        raise SystemExit(f"--group-size {args.group_size}: a group of at least 2 is compared with itself")
     if args.prompts_per_step % (processes * args.updates_per_rollout):
         raise SystemExit(
             f"--prompts-per-step {args.prompts_per_step}: must be a multiple of {processes} processes times "
@@ -614,8 +616,6 @@ def check(args: Args, accelerator: Accelerator) -> None:
         )
     if args.delta and args.delta <= 1 + args.clip_high:
         raise SystemExit(f"--delta {args.delta}: must exceed 1 + --clip-high {args.clip_high}")
-    if args.temperature <= 0:
-        raise SystemExit(f"--temperature {args.temperature}: must be above 0 to explore")
     if not args.noise_levels or not all(0 <= level <= 1 for level in args.noise_levels):
         raise SystemExit(f"--noise-levels {' '.join(map(str, args.noise_levels))}: each must be from 0 to 1")
     for name in ("prior_var", "lik_alpha", "lik_var"):

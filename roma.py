@@ -32,17 +32,16 @@ import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType
 
-from common.corruptions import choose, corrupt
+from common.corruptions import UNSEEN, choose, corrupt
 from common.data import TEMPLATE, ahead, batch_indices, build_messages, check_template, load_examples
 from common.designs import check_markers, check_tokenizer, design_rewards, overlong_penalty, request_for
 from common.evaluate import evaluate, image_reliance, robustness, show_robustness
 from common.forward import Scorer, micro_batches, pack_views, rows_of, score_without_gradient
-from common.model import encode_prompts, load_policy, replace_images
+from common.model import check_model, encode_prompts, load_policy, replace_images
 from common.rewards import score
 from common.rollout import decode, sample, uniform_numbers
-from common.run import Run, memory_advice
+from common.run import Run, check_accelerate, check_flags, memory_advice
 
 
 @dataclass
@@ -308,7 +307,9 @@ def aux_loss(
 @memory_advice()
 def main(args: Args) -> dict:
     # === Set up ===
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
+    )
     device, processes = accelerator.device, accelerator.num_processes
     check(args, accelerator)
     run = Run(args, accelerator, "roma")
@@ -317,7 +318,9 @@ def main(args: Args) -> dict:
     train = load_examples(args.data, args.train_split, draws=draws, seed=args.seed, **columns)
     held_out = load_examples(args.data, args.eval_split, limit=args.eval_examples, **columns) if args.eval_every else []
     test = load_examples(args.data, args.test_split, limit=args.test_examples, **columns) if args.test_examples else []
-    policy = load_policy(args.model, device=device, lora_rank=args.lora_rank, max_pixels=args.max_pixels)
+    policy = load_policy(
+        args.model, device=device, lora_rank=args.lora_rank, max_pixels=args.max_pixels, seed=args.seed
+    )
     check_tokenizer(args.reward, policy.tokenizer)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
@@ -448,6 +451,7 @@ def main(args: Args) -> dict:
         # === Update ===
         sums = dict.fromkeys(("loss", "entropy", "kl", "clip_low", "clip_high", "mismatch", "scored"), 0.0)
         sums |= dict.fromkeys(("view_kl", "view_kl_mean", "aux", "viewed", "clamped", "view_advantage"), 0.0)
+        sums |= {"kl_loss": 0.0, "aux_loss": 0.0}  # what the two terms add to the loss
         by_corruption = torch.zeros(3, len(corruptions), device=device)  # of clean minus view, of tokens won, of tokens
         grad_norms, skipped = [], 0
         for update in range(updates):
@@ -514,11 +518,14 @@ def main(args: Args) -> dict:
                         divergences = surrogate_kl(clean, view_logprobs, view_mask)  # [K, V, T]
                         worst, winner = worst_case(divergences, view_mask, args.kl_worst_case)
                         aux = aux_loss(view_logprobs, aux_view[viewed], advantages[viewed], view_mask)
-                        view_losses = args.kl_view_coef * worst + args.aux_coef * aux
                         weights = token_weights(
                             view_mask, args.loss_type, total_rows, total_tokens, args.max_completion_length
                         )
-                        loss = loss + (view_losses * weights).sum()
+                        kl_term = args.kl_view_coef * (worst * weights).sum()
+                        aux_term = args.aux_coef * (aux * weights).sum()
+                        loss = loss + kl_term + aux_term
+                        sums["kl_loss"] += kl_term.detach()
+                        sums["aux_loss"] += aux_term.detach()
                         sums["view_kl"] += worst.detach().sum()
                         sums["view_kl_mean"] += divergences.detach().mean(0).sum()
                         sums["aux"] += aux.detach().sum()
@@ -581,9 +588,12 @@ def main(args: Args) -> dict:
         }
         viewed = totals["viewed"] or float("nan")
         metrics |= {
+            "loss/policy": (totals["loss"] - totals["kl_loss"] - totals["aux_loss"]) / updates,
+            "loss/view_kl": totals["kl_loss"] / updates,
+            "loss/view_aux": totals["aux_loss"] / updates,
             "view/kl": totals["view_kl"] / viewed,
             "view/kl_mean": totals["view_kl_mean"] / viewed,
-            "view/aux_loss": totals["aux"] / viewed,
+            "view/aux": totals["aux"] / viewed,
             "view/clamped": totals["clamped"] / viewed,
             "view/advantage": totals["view_advantage"] / viewed,
         }
@@ -633,14 +643,13 @@ def main(args: Args) -> dict:
 
 def check(args: Args, accelerator: Accelerator) -> None:
     """Stop with one line before anything long starts."""
-    processes, kind = accelerator.num_processes, accelerator.distributed_type
-    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise SystemExit(f"accelerate is configured for {kind.value}: only plain data parallelism is supported so far")
+    processes = accelerator.num_processes
+    check_accelerate(accelerator)
+    check_flags(args, num_views=1, kl_view_coef=0, aux_coef=0, robust_examples=0)
+    check_model(args.model)
     args.prompt_template = check_template(args.prompt_template)
     if args.model != "tiny":
         check_markers(args.reward, args.prompt_template)
-    if args.group_size < 2:
-        raise SystemExit(f"--group-size {args.group_size}: a group of at least 2 is compared with itself")
     if args.prompts_per_step % (processes * args.updates_per_rollout):
         raise SystemExit(
             f"--prompts-per-step {args.prompts_per_step}: must be a multiple of {processes} processes times "
@@ -648,16 +657,21 @@ def check(args: Args, accelerator: Accelerator) -> None:
         )
     if args.delta and args.delta <= 1 + args.clip_high:
         raise SystemExit(f"--delta {args.delta}: must exceed 1 + --clip-high {args.clip_high}")
-    if args.temperature <= 0:
-        raise SystemExit(f"--temperature {args.temperature}: must be above 0 to explore")
     try:
         names = choose(args.train_corruptions)
     except ValueError as error:
         raise SystemExit(f"--train-corruptions: {error}") from None
-    if not 1 <= args.num_views <= len(names):
+    if not names:
+        raise SystemExit("--train-corruptions: names at least one")
+    if not args.num_views <= len(names):
         raise SystemExit(f"--num-views {args.num_views}: from 1 to {len(names)}, the --train-corruptions to draw from")
     if not args.train_severities or not set(args.train_severities) <= {1, 2, 3, 4, 5}:
         raise SystemExit(f"--train-severities {args.train_severities}: each must be one of 1 to 5")
+    learned = [name for name in names if name in UNSEEN]
+    if learned and args.robust_examples and accelerator.is_main_process:
+        print(
+            f"--train-corruptions: {', '.join(learned)}: trained on, so that the table's `unseen` is no longer unseen"
+        )
     if args.corrupt_rollouts and (args.kl_view_coef or args.aux_coef):
         raise SystemExit("--corrupt-rollouts: a baseline without views; pass --kl-view-coef 0 --aux-coef 0 with it")
 

@@ -34,16 +34,15 @@ from typing import Literal
 import torch
 import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType
 
 from common.data import TEMPLATE, ahead, batch_indices, build_messages, check_template, load_examples
 from common.designs import check_markers, check_tokenizer, design_rewards, overlong_penalty, request_for
 from common.evaluate import evaluate
 from common.forward import Scorer, micro_batches, rows_of, score_without_gradient
-from common.model import encode_prompts, load_policy
+from common.model import check_model, encode_prompts, load_policy
 from common.rewards import score
 from common.rollout import decode, sample, uniform_numbers
-from common.run import Run, memory_advice
+from common.run import Run, check_accelerate, check_flags, memory_advice
 
 
 @dataclass
@@ -325,7 +324,9 @@ def advantage_factors(
 @memory_advice()
 def main(args: Args) -> dict:
     # === Set up ===
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
+    )
     device, processes = accelerator.device, accelerator.num_processes
     check(args, accelerator)
     run = Run(args, accelerator, "vgpo")
@@ -334,7 +335,9 @@ def main(args: Args) -> dict:
     train = load_examples(args.data, args.train_split, draws=draws, seed=args.seed, **columns)
     held_out = load_examples(args.data, args.eval_split, limit=args.eval_examples, **columns) if args.eval_every else []
     test = load_examples(args.data, args.test_split, limit=args.test_examples, **columns) if args.test_examples else []
-    policy = load_policy(args.model, device=device, lora_rank=args.lora_rank, max_pixels=args.max_pixels)
+    policy = load_policy(
+        args.model, device=device, lora_rank=args.lora_rank, max_pixels=args.max_pixels, seed=args.seed
+    )
     check_tokenizer(args.reward, policy.tokenizer)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
@@ -588,14 +591,13 @@ def main(args: Args) -> dict:
 
 def check(args: Args, accelerator: Accelerator) -> None:
     """Stop with one line before anything long starts."""
-    processes, kind = accelerator.num_processes, accelerator.distributed_type
-    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise SystemExit(f"accelerate is configured for {kind.value}: only plain data parallelism is supported so far")
+    processes = accelerator.num_processes
+    check_accelerate(accelerator)
+    check_flags(args)
+    check_model(args.model)
     args.prompt_template = check_template(args.prompt_template)
     if args.model != "tiny":
         check_markers(args.reward, args.prompt_template)
-    if args.group_size < 2:
-        raise SystemExit(f"--group-size {args.group_size}: a group of at least 2 is compared with itself")
     if args.prompts_per_step % (processes * args.updates_per_rollout):
         raise SystemExit(
             f"--prompts-per-step {args.prompts_per_step}: must be a multiple of {processes} processes times "
@@ -603,8 +605,6 @@ def check(args: Args, accelerator: Accelerator) -> None:
         )
     if args.delta and args.delta <= 1 + args.clip_high:
         raise SystemExit(f"--delta {args.delta}: must exceed 1 + --clip-high {args.clip_high}")
-    if args.temperature <= 0:
-        raise SystemExit(f"--temperature {args.temperature}: must be above 0 to explore")
     for name in ("tail_share", "gated_share"):
         if not 0 < getattr(args, name) <= 1:
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0 and at most 1")

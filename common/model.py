@@ -9,14 +9,23 @@ import ctypes
 import json
 import re
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    Qwen2VLImageProcessorPil,
+)
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
@@ -86,41 +95,58 @@ class Prompts:
         )
 
 
+def check_model(name: str) -> None:
+    """Stop with one line where there is no such model or it is of another family, before its weights are read."""
+    source = resolve_name(name)
+    with loading(name, source):
+        if not adapter_base(source):
+            read_config(name, source)
+
+
 def load_policy(
-    name: str, *, device: str | torch.device = "cpu", trainable: bool = True, lora_rank: int = 0, max_pixels: int = 0
+    name: str,
+    *,
+    device: str | torch.device = "cpu",
+    trainable: bool = True,
+    lora_rank: int = 0,
+    max_pixels: int = 0,
+    seed: int = 0,
 ) -> Policy:
     """Load `tiny`, a folder, or a hub id of the Qwen2-VL, Qwen2.5-VL and Qwen3-VL families.
 
     Weights are float32 where they are trained (the masters; see `Policy.autocast`) and on the CPU, bfloat16 where they
     are frozen on CUDA. `max_pixels` bounds the area of an image after resizing (0: as the checkpoint says). A folder
-    that holds an adapter is loaded on the model that it names.
+    that holds an adapter is loaded on the model that it names; a new adapter of `lora_rank` is drawn by `seed`.
 
     Raises:
-        SystemExit: one line naming the flag, when the model is not there, cannot be reached, or is of another family.
+        SystemExit: one line naming the flag, when the model is not there, cannot be reached, is damaged, or is of
+            another family.
     """
     device = torch.device(device)
     source = resolve_name(name)
-    adapter = None
-    if (Path(source) / "adapter_config.json").is_file():
-        adapter = source
-        source = resolve_name(
-            json.loads((Path(adapter) / "adapter_config.json").read_text())["base_model_name_or_path"]
-        )
+    with loading(name, source):
+        adapter = source if adapter_base(source) else None
+        source = resolve_name(adapter_base(source) or source)
     lora = bool(lora_rank or adapter)
     frozen_on_cuda = device.type == "cuda" and (lora or not trainable)
-    try:
-        config = AutoConfig.from_pretrained(source)
-        if config.model_type not in FAMILIES:
-            raise SystemExit(f"--model {name}: model_type {config.model_type!r} is not one of {', '.join(FAMILIES)}")
-        model = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=torch.bfloat16 if frozen_on_cuda else torch.float32, attn_implementation="sdpa"
+    with loading(name, source):
+        config = read_config(name, source)
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=torch.bfloat16 if frozen_on_cuda else torch.float32,
+            attn_implementation="sdpa",
+            output_loading_info=True,
         )
+        if found["missing_keys"]:  # transformers would draw them at random
+            missing = sorted(found["missing_keys"])
+            raise ValueError(f"{len(missing)} weights are missing, the first {missing[0]}")
         tokenizer = AutoTokenizer.from_pretrained(source)
-        image_processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+        if tokenizer.convert_tokens_to_ids("<|image_pad|>") != config.image_token_id:
+            raise ValueError("its tokenizer does not have <|image_pad|>, or not where the model has it")
+        # The processor of all three families. The automatic class wants torchvision in some releases.
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(source)
         tokenizer.chat_template = vision_chat_template(source, tokenizer)
         end_token_ids = all_end_tokens(source, tokenizer)
-    except (OSError, ConnectionError) as error:
-        raise SystemExit(missing_model(name, source, error)) from None
     if max_pixels:
         smallest = min(image_processor.size["shortest_edge"], max_pixels)
         image_processor.size = {"shortest_edge": smallest, "longest_edge": max_pixels}
@@ -134,13 +160,15 @@ def load_policy(
     if adapter:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+        with loading(name, adapter):
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
     elif lora_rank:
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(
-            model, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
-        )
+        settings = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
+        with torch.random.fork_rng(devices=[]):  # peft knows no generators
+            torch.manual_seed(seed)
+            model = get_peft_model(model, settings)
     model.to(device)
 
     vocabulary = model.get_output_embeddings().weight.shape[0]
@@ -263,11 +291,41 @@ def resolve_name(name: str) -> str:
     if name == "tiny":
         return str(TINY)
     if re.fullmatch(r"Qwen/Qwen3-VL-\d+B(-A\d+B)?", name) and not Path(name).exists():
-        print(f"--model {name}: the hub has no checkpoint without a suffix; using {name}-Instruct", flush=True)
+        notice(f"--model {name}: the hub has no checkpoint without a suffix; using {name}-Instruct")
         return f"{name}-Instruct"
     if Path(name).is_dir() and not any((Path(name) / f).is_file() for f in ("config.json", "adapter_config.json")):
         raise SystemExit(f"--model {name}: the folder has neither config.json nor adapter_config.json")
     return name
+
+
+@cache
+def notice(text: str) -> None:
+    """Print once."""
+    print(text, flush=True)
+
+
+def adapter_base(source: str) -> str | None:
+    """The model that the adapter in the folder `source` was trained on; None if there is no adapter."""
+    file = Path(source) / "adapter_config.json"
+    return json.loads(file.read_text())["base_model_name_or_path"] if file.is_file() else None
+
+
+def read_config(name: str, source: str) -> PretrainedConfig:
+    config = AutoConfig.from_pretrained(source)
+    if config.model_type not in FAMILIES:
+        raise SystemExit(f"--model {name}: model_type {config.model_type!r} is not one of {', '.join(FAMILIES)}")
+    return config
+
+
+@contextmanager
+def loading(name: str, source: str) -> Iterator[None]:
+    """What goes wrong when files are read, as one line."""
+    try:
+        yield
+    except (OSError, ConnectionError) as error:
+        raise SystemExit(missing_model(name, source, error)) from None
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise SystemExit(f"--model {name}: {source} cannot be loaded: {first_line(error)}") from None
 
 
 def missing_model(name: str, source: str, error: Exception) -> str:

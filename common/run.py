@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -279,7 +279,10 @@ class Run:
         """Say how to go on after a stop that was asked for."""
         self.close()
         if self.main:
-            print(f"stopped after step {step} and saved; continue with --resume {self.folder}", flush=True)
+            print(
+                f"stopped after step {step} and saved; go on by the same command with --resume {self.folder}",
+                flush=True,
+            )
         return {}
 
     def finish(self, results: dict[str, dict | None]) -> dict:
@@ -311,6 +314,40 @@ class Run:
         self.accelerator.end_training()  # without it, processes may abort at exit while others still talk to them
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+
+# The least that the flags of every script take.
+LEAST = {
+    "lora_rank": 0, "max_pixels": 0, "soft_punish_cache": 0, "steps": 1, "eval_every": 0, "eval_examples": 1,
+    "test_examples": 0, "save_every": 1, "keep_checkpoints": 1, "seed": 0, "prompts_per_step": 1, "group_size": 2,
+    "max_completion_length": 1, "top_k": 0, "learning_rate": 0, "updates_per_rollout": 1, "epochs_per_rollout": 1,
+    "micro_batch_tokens": 1, "advantage_eps": 0, "clip_low": 0, "clip_high": 0, "delta": 0, "tis_cap": 0, "kl_coef": 0,
+}  # fmt: skip
+
+
+def check_flags(args: object, **least: float) -> None:
+    """Stop with one line where a flag is less than `LEAST` or `least` has it, out of its range, or not a number."""
+    for name, lowest in (LEAST | least).items():
+        if not lowest <= getattr(args, name) < float("inf"):
+            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {lowest}")
+    for name, highest in (("temperature", float("inf")), ("top_p", 1.0), ("max_grad_norm", float("inf"))):
+        if not 0 < getattr(args, name) <= highest:
+            upper = "" if highest == float("inf") else f" and at most {highest:g}"
+            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0{upper}")
+
+
+def check_accelerate(accelerator: Accelerator) -> None:
+    """Stop with one line where accelerate is configured for what the loops do not do."""
+    kind, precision = accelerator.distributed_type, accelerator.mixed_precision
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise SystemExit(f"accelerate is configured for {kind.value}: only plain data parallelism is supported so far")
+    if precision not in ("no", "bf16"):
+        raise SystemExit(f"accelerate is configured for {precision}: arithmetic is bf16; pass --mixed_precision no")
+    pieces = accelerator.gradient_accumulation_steps
+    if pieces != 1:
+        raise SystemExit(
+            f"accelerate is configured for {pieces} gradient accumulation steps: not done; use --micro-batch-tokens"
+        )
 
 
 @contextlib.contextmanager

@@ -67,7 +67,9 @@ def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> 
             last = (Path(f"{folder}.log").read_text().strip().splitlines() or [""])[-1]
             raise SystemExit(f"{name}, seed {seed}: stopped with {done.returncode}: {last} (see {folder}.log)")
 
-    path = str(folder.resolve())
+    path, trained_by = str(folder.resolve()), Path(f"{folder}.command")
+    if not trained_by.exists():
+        trained_by.write_text(shlex.join(command))
     if not (folder / "summary.json").is_file():
         begun = any(folder.glob("checkpoints/step-*/complete"))
         execute([*command, "--seed", str(seed), "--test-examples", "0", "--eval-every", "0",
@@ -99,11 +101,22 @@ def main(args: Args) -> None:
         script = shlex.split(command)[:1]
         if not script or not (ROOT / script[0]).is_file():
             raise SystemExit(f"--methods {method!r}: must be `NAME: SCRIPT FLAGS`, with a script of this project")
-        commands[name.strip()] = shlex.split(command)
+        name = name.strip()
+        if name in commands:
+            raise SystemExit(f"--methods {method!r}: there are two of the name {name!r}")
+        commands[name] = shlex.split(command)
+        for seed in args.seeds:
+            file = Path(args.out) / f"{name}-seed{seed}.command"
+            if file.exists() and file.read_text() != shlex.join(commands[name]):
+                raise SystemExit(f"--methods {method!r}: {file} says it was `{file.read_text()}`; use another --out")
     try:
         choose(args.corruptions)
     except ValueError as error:
         raise SystemExit(f"--corruptions: {error}") from None
+    if not args.severities or not set(args.severities) <= {1, 2, 3, 4, 5}:
+        raise SystemExit(f"--severities {' '.join(map(str, args.severities))}: each must be one of 1 to 5")
+    if args.jobs < 1 or args.limit < 1 or not args.seeds or not args.splits:
+        raise SystemExit("--jobs, --limit, --seeds, --splits: at least one of each")
     Path(args.out).mkdir(parents=True, exist_ok=True)
 
     # Seeds outside, so that an unfinished study has all methods of its first seeds.

@@ -2,7 +2,10 @@
 
 import itertools
 import math
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -228,16 +231,42 @@ def test_the_denominators_are_the_whole_steps():
         assert parts.item() == pytest.approx(loss(NEW, loss_type=name).item(), abs=1e-9)
 
 
-def test_bad_settings_are_named():
-    for settings, message in [
-        ({"group_size": 1}, "--group-size 1"),
-        ({"updates_per_rollout": 3}, "--prompts-per-step 8"),
-        ({"delta": 1.1}, r"--delta 1\.1"),
-        ({"temperature": 0.0}, "--temperature 0"),
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"updates_per_rollout": 3}, "--prompts-per-step 8: must be a multiple of "),
+        ({"delta": 1.1}, r"--delta 1\.1: must exceed 1 "),
         ({"prompt_template": "Say yes."}, "--prompt-template 'Say yes.'"),
-    ]:
-        with pytest.raises(SystemExit, match=message):
-            grpo.check(Args(**settings), Accelerator(cpu=True))
+        ({"model": "nowhere"}, "--model nowhere: no such folder"),
+        *(({name: value}, f"--{name.replace('_', '-')} {value}: must be a") for name, value in (
+            ("group_size", 1), ("temperature", 0.0), ("temperature", math.nan), ("top_p", 0.0), ("top_p", 1.5),
+            ("top_k", -1), ("max_grad_norm", 0.0), ("updates_per_rollout", 0), ("epochs_per_rollout", 0),
+            ("save_every", 0), ("eval_every", -1), ("eval_examples", 0), ("test_examples", -1), ("steps", 0),
+            ("prompts_per_step", 0), ("max_completion_length", -5), ("learning_rate", -1.0), ("clip_high", math.inf),
+            ("seed", -1), ("lora_rank", -1), ("max_pixels", -1), ("tis_cap", -1.0), ("kl_coef", math.nan),
+            ("clip_low", -1.0), ("advantage_eps", -1.0), ("soft_punish_cache", -4), ("micro_batch_tokens", 0),
+        )),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_one_line(settings, message):
+    with pytest.raises(SystemExit, match=message):
+        grpo.check(Args(**settings), Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("GRADIENT_ACCUMULATION_STEPS", "4", "configured for 4 gradient accumulation steps"),
+        ("MIXED_PRECISION", "fp16", "configured for fp16: arithmetic is bf16"),
+    ],
+)
+def test_what_accelerate_would_do_beside_the_loop_is_refused(name, value, message):
+    # accelerate keeps its settings for the whole process, so this asks a new one
+    code = "import grpo; from accelerate import Accelerator; grpo.check(grpo.Args(), Accelerator(cpu=True))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {f"ACCELERATE_{name}": value}, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_importance_weights_are_capped_and_carry_no_gradient():

@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from common.forward import Scorer
-from common.model import encode_prompts, load_policy, save_policy
+from common.model import check_model, encode_prompts, load_policy, save_policy
 from tests.small_models import FAMILIES, picture, small_folder, small_policy, small_prompts
 
 
@@ -110,6 +111,49 @@ def test_a_folder_of_another_family_is_named(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(SystemExit, match=r"neither config\.json nor adapter_config\.json"):
         load_policy(str(tmp_path))
+
+
+def test_a_damaged_folder_is_one_line_and_no_weight_is_drawn_at_random(tmp_path):
+    def damaged(name: str, change) -> str:
+        folder = shutil.copytree(small_folder("qwen3_vl"), tmp_path / name)
+        change(folder)
+        with pytest.raises(SystemExit) as error:
+            load_policy(str(folder))
+        assert str(error.value).startswith(f"--model {folder}: ") and "\n" not in str(error.value)
+        return str(error.value)
+
+    def without_a_weight(folder):
+        weights = load_file(folder / "model.safetensors")
+        del weights["model.language_model.layers.0.self_attn.q_proj.weight"]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    text = damaged("missing", without_a_weight)
+    assert "1 weights are missing, the first model.language_model.layers.0.self_attn.q_proj.weight" in text
+    damaged("cut", lambda folder: (folder / "model.safetensors").write_bytes(b"cut short"))
+    damaged("config", lambda folder: (folder / "config.json").write_text("{}"))
+    damaged("tokenizer", lambda folder: (folder / "tokenizer.json").write_text("{"))
+    damaged("no tokenizer", lambda folder: [file.unlink() for file in folder.glob("tokenizer*")])
+    (tmp_path / "adapter").mkdir()
+    for text in ("{", "{}", json.dumps({"base_model_name_or_path": "tiny"})):
+        (tmp_path / "adapter" / "adapter_config.json").write_text(text)
+        with pytest.raises(SystemExit, match=r"^--model .*adapter"):
+            load_policy(str(tmp_path / "adapter"))
+
+
+def test_a_model_is_looked_for_before_its_weights_are_read(tmp_path):
+    check_model("tiny")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(SystemExit, match="'gpt2' is not one of qwen2_vl"):
+        check_model(str(tmp_path))
+
+
+def test_a_new_adapter_is_drawn_by_the_seed():
+    drawn = [
+        {name: p for name, p in small_policy(lora_rank=2, seed=seed).model.named_parameters() if "lora_A" in name}
+        for seed in (1, 1, 2)
+    ]
+    for name in drawn[0]:
+        assert torch.equal(drawn[0][name], drawn[1][name]) and not torch.equal(drawn[0][name], drawn[2][name])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,5 +1,6 @@
 """ROMA: the worked numbers, the stop-gradient, the gate, and views that are scored as they should be."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ import grpo
 import roma
 from common.corruptions import SEEN
 from common.forward import Scorer, pack_views, rows_of
-from common.model import replace_images
+from common.model import load_policy, replace_images
 from common.rollout import sample, uniform_numbers
 from tests.small_models import small_policy, small_prompts
 
@@ -215,6 +216,59 @@ def test_without_coefficients_it_is_grpo_to_the_bit(tmp_path):
     assert run(grpo, tmp_path, "a")[1] == run(roma, tmp_path, "b", kl_view_coef=0.0, aux_coef=0.0)[1]
 
 
+def test_a_step_descends_equation_7(monkeypatch, tmp_path):
+    """The loss and the gradient of a whole step, from equations (2), (5), (6) and (7) on a freshly loaded policy."""
+    correct = torch.tensor([1, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0.0])  # the last two groups have no advantages
+    rewards = torch.tensor([1.5, 0.5, 0, 1, 1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5])  # wrong answers in the right form pay too
+    seen = {}
+    sampled, packed, scored = roma.sample, roma.pack_views, roma.score
+    monkeypatch.setattr("roma.sample", lambda *a, **k: seen.setdefault("rollout", sampled(*a, **k)))
+    monkeypatch.setattr("roma.pack_views", lambda *a, **k: (seen.update(prompts=a[0], views=a[1]), packed(*a, **k))[1])
+    monkeypatch.setattr("roma.score", lambda *a: (correct.tolist(), scored(*a)[1]))
+    monkeypatch.setattr("roma.design_rewards", lambda *a: (rewards.tolist(), {}))
+    args = roma.Args(
+        steps=1, prompts_per_step=3, group_size=4, max_completion_length=12, kl_view_coef=0.3, aux_coef=0.5, seed=5,
+        test_examples=0, eval_every=0, out=str(tmp_path / "run"),
+    )  # fmt: skip
+    roma.main(args)
+    logged = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+
+    policy, rollout = load_policy("tiny"), seen["rollout"]
+    ids, mask = rollout.completion_ids, rollout.completion_mask
+    clean = Scorer(policy)(seen["prompts"], ids, mask).logprobs
+    views = torch.stack([Scorer(policy)(view, ids, mask).logprobs for view in seen["views"]])
+    groups = rewards.view(-1, 4)
+    advantages = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1, 1)
+    auxiliary = [roma.draw_views(5, 0, n, args)[1] for n in range(3) for _ in range(4)]
+    gap = clean.detach() - views
+    worst = ((-gap).exp() - 1 + gap).clamp(max=10).amax(0)
+    right = mask & (correct == 1)[:, None]
+    terms = {
+        "policy": (-advantages * (clean - clean.detach()).exp())[mask].sum() / mask.sum(),
+        "view_kl": 0.3 * worst[right].sum() / mask.sum(),
+        "view_aux": 0.5 * (-advantages * views[auxiliary, range(12)])[right].sum() / mask.sum(),
+    }
+    for name, term in terms.items():
+        assert logged[f"loss/{name}"] == pytest.approx(term.item(), abs=1e-4)
+    assert logged["loss"] == pytest.approx(sum(terms.values()).item(), abs=1e-4)
+    assert min(abs(terms[name].item()) for name in ("view_kl", "view_aux")) > 1e-3
+    sum(terms.values()).backward()
+    norm = torch.stack([p.grad.norm() for p in policy.model.parameters() if p.grad is not None]).norm()
+    assert logged["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+
+
+def test_a_run_ends_with_the_table_and_watches_for_blindness(tmp_path, capsys):
+    args = roma.Args(
+        steps=1, prompts_per_step=2, group_size=2, eval_every=1, eval_examples=4, test_examples=4, robust_examples=2,
+        out=str(tmp_path / "run"),
+    )  # fmt: skip
+    roma.main(args)
+    table = capsys.readouterr().out.split("drop unseen")[1].splitlines()
+    assert [line.split()[0] for line in table[1:3]] == ["before", "after"]
+    assert (tmp_path / "run" / "robustness.json").is_file() and (tmp_path / "run" / "robustness.png").is_file()
+    assert "eval/image_reliance" in json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+
+
 def test_each_ablation_trains_differently(tmp_path):
     settings = {
         "roma": {}, "no aux": {"aux_coef": 0.0}, "no kl": {"kl_view_coef": 0.0}, "mean": {"kl_worst_case": "mean"},
@@ -231,6 +285,11 @@ def test_each_ablation_trains_differently(tmp_path):
         ({"train_corruptions": ("seen", "rain")}, "--train-corruptions: corruption 'rain' is not one of seen, "),
         ({"num_views": 6}, "--num-views 6: from 1 to 5, "),
         ({"train_severities": (0, 1)}, r"--train-severities \(0, 1\): each must be one of 1 to 5"),
+        ({"train_corruptions": ()}, "--train-corruptions: names at least one"),
+        ({"num_views": 0}, "--num-views 0: must be at least 1"),
+        ({"kl_view_coef": -1.0}, "--kl-view-coef -1.0: must be at least 0"),
+        ({"aux_coef": float("nan")}, "--aux-coef nan: must be at least 0"),
+        ({"robust_examples": -1}, "--robust-examples -1: must be at least 0"),
         ({"corrupt_rollouts": True}, "--corrupt-rollouts: a baseline without views; "),
     ],
 )

@@ -28,6 +28,8 @@ def test_a_small_study(tmp_path, capsys):
         "nothing trained again"
     )
     assert capsys.readouterr().out == text
+    with pytest.raises(SystemExit, match=r"dapo-seed3.command says it was `grpo.py --steps 1 --filter-groups reward`"):
+        main(replace(args, methods=("dapo: grpo.py --steps 2",)))
     main(replace(args, limit=5, look=0))  # the same runs on more examples
     assert "test: 5 examples, seeds 3" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
@@ -38,7 +40,10 @@ def test_a_small_study(tmp_path, capsys):
     [
         ({"methods": ("grpo.py",)}, "--methods 'grpo.py': must be `NAME: SCRIPT FLAGS`"),
         ({"methods": ("x: nothere.py",)}, "--methods 'x: nothere.py': must be "),
+        ({"methods": ("a: grpo.py", "a: roma.py")}, "--methods 'a: roma.py': there are two of the name 'a'"),
         ({"corruptions": ("rain",)}, "--corruptions: corruption 'rain' is not one of"),
+        ({"corruptions": ("fog",), "severities": (0, 6)}, "--severities 0 6: each must be one of 1 to 5"),
+        ({"jobs": 0}, "--jobs, --limit, --seeds, --splits: at least one of each"),
     ],
 )
 def test_bad_flags_are_one_line(settings, message, tmp_path):
