@@ -35,6 +35,7 @@ from scipy.special import ndtri, pdtr
 SEEN = ("gaussian_noise", "gaussian_blur", "motion_blur", "pixelate", "jpeg_compression")
 UNSEEN = ("impulse_noise", "defocus_blur", "elastic_transform", "contrast", "fog")
 SMALL = 96  # pixels: images whose short side is below take the constants tuned for small images
+ELONGATED = 4  # an image more than so many times as long as wide gets fog and frost from a row of squares
 
 # Five constants a table, for severities 1 to 5: (large images, small images), or one table for both.
 CONSTANTS = {
@@ -367,7 +368,7 @@ def frost_texture(height: int, width: int, dice: np.random.Generator) -> np.ndar
         sparks = (dice.random(small, dtype=np.float32) > 0.97).astype(np.float32)
         needles = drag(sparks, max(2, min(small) // 12), max(1.0, min(small) / 16), degrees)
         ice = np.maximum(ice, needles / max(float(needles.max()), 1e-6))
-    film = fractal(max(small), 1.6, dice)[: small[0], : small[1]]
+    film = fractal(*small, 1.6, dice)
     y, x = (np.abs(np.linspace(-1, 1, size, dtype=np.float32)) for size in small)
     rim = np.maximum(y[:, None], x[None]) * 0.6 + 0.4  # thicker where the pane is coldest
     ice = np.clip(0.55 * film * rim + 0.9 * ice * np.clip(film * 1.6 - 0.2, 0, 1) * rim, 0, 1)
@@ -380,37 +381,51 @@ def fog(pixels, constant, dice):
     height, width, _ = pixels.shape
     brightest = float(pixels.max()) / 255
     dim = np.float32(brightest / (brightest + amount))
-    fog = fractal(max(height, width), decay, dice)[:height, :width] * (dim * np.float32(amount))
+    fog = fractal(height, width, decay, dice) * (dim * np.float32(amount))
     return pixels * (dim / np.float32(255)) + fog[..., None]
 
 
-def fractal(size: int, decay: float, dice: np.random.Generator) -> np.ndarray:
-    """A height map in [0, 1], [S, S] float32 with S the next power of two: diamonds and squares on a torus.
+def fractal(height: int, width: int, decay: float, dice: np.random.Generator) -> np.ndarray:
+    """A height map [H, W] float32, cut from one that spans [0, 1]: diamonds and squares on a torus.
 
     At each halving of the mesh a point becomes the mean of its four neighbours plus a perturbation. In the authors'
     code its amplitude is the square of a number that `decay` divides, and the constants are tuned to that.
     """
-    side = 1 << max(0, (size - 1).bit_length())
-    heights = np.zeros((side, side), np.float32)
+    side = first_mesh(height, width)
+    heights = np.zeros([-(-size // side) * side for size in (height, width)], np.float32)
+    if heights.size > side * side:  # heights of 0 at all corners of a row of squares would show as a pattern
+        heights[::side, ::side] = perturbed(heights[::side, ::side], 1.0, dice)
     step, amplitude = side, 1.0
     while step >= 2:
         half = step // 2
         corners = heights[::step, ::step]
-
-        def perturbed(total, amplitude=amplitude):
-            noise = words(dice, total.shape) * np.float32(amplitude / 32768)
-            noise += total * np.float32(0.25)
-            noise -= np.float32(amplitude)
-            return noise
-
         pairs = corners + np.roll(corners, -1, 0)
-        centres = perturbed(pairs + np.roll(pairs, -1, 1))
+        centres = perturbed(pairs + np.roll(pairs, -1, 1), amplitude, dice)
         heights[half::step, half::step] = centres
-        heights[::step, half::step] = perturbed(centres + np.roll(centres, 1, 0) + corners + np.roll(corners, -1, 1))
-        heights[half::step, ::step] = perturbed(centres + np.roll(centres, 1, 1) + corners + np.roll(corners, -1, 0))
+        across = centres + np.roll(centres, 1, 0) + corners + np.roll(corners, -1, 1)
+        heights[::step, half::step] = perturbed(across, amplitude, dice)
+        down = centres + np.roll(centres, 1, 1) + corners + np.roll(corners, -1, 0)
+        heights[half::step, ::step] = perturbed(down, amplitude, dice)
         step, amplitude = half, amplitude / decay**2
     heights -= heights.min()
-    return heights / max(float(heights.max()), 1e-6)
+    heights /= max(float(heights.max()), 1e-6)
+    return heights[:height, :width]
+
+
+def first_mesh(height: int, width: int) -> int:
+    """Side of the squares that a height map begins with, a power of two: one square around the whole picture, or a row
+    of them along an elongated one, where a single square would take memory by the square of the longer side."""
+    shorter, longer = max(min(height, width), 16), max(height, width)  # smaller squares would be noise rather than fog
+    side = longer if longer <= ELONGATED * shorter else shorter
+    return 1 << (side - 1).bit_length()
+
+
+def perturbed(total: np.ndarray, amplitude: float, dice: np.random.Generator) -> np.ndarray:
+    """A quarter of the neighbours' sum, plus something between -amplitude and amplitude."""
+    noise = words(dice, total.shape) * np.float32(amplitude / 32768)
+    noise += total * np.float32(0.25)
+    noise -= np.float32(amplitude)
+    return noise
 
 
 def spatter(pixels, constant, dice):

@@ -2,6 +2,8 @@
 
 import colorsys
 import io
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -262,13 +264,13 @@ def test_jpeg_compression_is_the_encoder_at_that_quality():
 
 
 def test_fog_has_the_worked_numbers(monkeypatch):
-    monkeypatch.setattr(corruptions, "fractal", lambda size, decay, dice: np.array([[0, 1]], np.float32))
+    monkeypatch.setattr(corruptions, "fractal", lambda height, width, decay, dice: np.array([[0, 1]], np.float32))
     u = corruptions.fog(np.rint(np.array([[[0.2] * 3, [0.8] * 3]]) * 255).astype(np.uint8), (1.5, 2), None)
     np.testing.assert_allclose(u[0, :, 0], [0.069565, 0.8], atol=1e-6)
 
 
 def test_fog_roughness_shrinks_by_the_square_of_its_decay():
-    heights = corruptions.fractal(512, 1.5, np.random.default_rng(0)).astype(np.float64)
+    heights = corruptions.fractal(512, 512, 1.5, np.random.default_rng(0)).astype(np.float64)
     deviations = []
     for step in (2, 4, 8):
         corners = heights[::step, ::step]
@@ -277,6 +279,51 @@ def test_fog_roughness_shrinks_by_the_square_of_its_decay():
         deviations.append((heights[step // 2 :: step, step // 2 :: step] - mean).std())
     np.testing.assert_allclose(np.divide(deviations[1:], deviations[:-1]), 1.5**2, rtol=0.05)
     assert heights.min() == 0 and heights.max() == 1
+
+
+@pytest.mark.parametrize(
+    "name, width, height, checksum",
+    [
+        ("fog", 128, 128, 3387641669),
+        ("frost", 128, 128, 2245187563),
+        ("fog", 640, 480, 155666506),
+        ("frost", 640, 480, 13792871),
+    ],
+)
+def test_fog_and_frost_of_usual_shapes_keep_the_bytes_that_published_figures_were_made_with(
+    name, width, height, checksum
+):
+    y, x = np.mgrid[:height, :width]
+    image = Image.fromarray(np.stack([x * 7 % 256, y * 5 % 256, x * y % 256], -1).astype(np.uint8))
+    assert zlib.crc32(corrupt(image, name, 3, 0).tobytes()) == checksum
+
+
+@pytest.mark.parametrize("name", ["fog", "frost"])
+@pytest.mark.parametrize("size", [(200, 200), (100, 900), (8000, 40)])
+def test_fog_and_frost_take_memory_by_the_number_of_pixels(name, size):
+    image = Image.new("RGB", size, "teal")
+    tracemalloc.start()
+    corrupt(image, name, 3, 0)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 60 * image.width * image.height  # three channels in float32, a few times over
+
+
+@pytest.mark.parametrize("shape", [(64, 1280), (1280, 64)])
+def test_elongated_fog_is_as_light_and_as_rough_as_square_fog(shape):
+    draws = [np.random.default_rng(seed) for seed in range(30)]
+    square, long = (np.array([corruptions.fractal(*s, 1.6, d) for d in draws]) for s in ((64, 64), shape))
+    assert abs(long.mean() - square.mean()) < 0.03
+    assert abs(long.std(axis=(1, 2)).mean() / square.std(axis=(1, 2)).mean() - 1) < 0.15
+
+
+def test_elongated_fog_has_no_seams():
+    # It begins with squares of 64: across their borders it changes as it does everywhere, and corners are like others.
+    fogs = np.array([corruptions.fractal(64, 1280, 1.6, np.random.default_rng(seed)) for seed in range(100)])
+    steps = np.abs(np.diff(fogs, axis=2)).mean((0, 1))  # from each column to the next
+    assert abs(steps[63::64].mean() / steps.mean() - 1) < 0.15
+    assert abs(fogs[:, 0, ::64].std() / fogs.std() - 1) < 0.15
+    assert not np.array_equal(fogs[0, :, :64], fogs[0, :, 64:128]), "not one square again and again"
 
 
 def test_elastic_transform_moves_by_a_smooth_field_of_its_strength():
