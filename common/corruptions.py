@@ -25,10 +25,12 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from PIL import Image, ImageDraw, ImageFile
+from PIL import Image, ImageDraw
 from scipy import ndimage
 from scipy.fft import irfft2, next_fast_len, rfft2
 from scipy.special import ndtri, pdtr
+
+from common.data import open_image, plain_rgb
 
 # For training (ROMA) and evaluation; and for evaluation only. Disjoint by name. Seen: noise, blur, low resolution,
 # compression; unseen: one of every family of ImageNet-C.
@@ -124,20 +126,23 @@ NAMES = tuple(CONSTANTS)
 
 
 def corrupt(image: Image.Image, name: str, severity: int, seed: int | tuple[int, ...]) -> Image.Image:
-    """The picture, corrupted: RGB of the same size. `seed` is a number or several, all of them at least 0.
+    """The picture, corrupted: RGB of the same size. `seed` is a whole number or several, all of them at least 0.
 
-    Any mode is taken: transparency is laid on white, grey and palette pictures become RGB.
+    Any mode is taken: transparency is laid on white, what has other than 8 bits is scaled to them (`data.plain_rgb`).
 
     Raises:
-        ValueError: an unknown name, a severity that is not one of 1 to 5, or a picture that cannot be decoded.
+        ValueError: an unknown name, a severity that is not one of 1 to 5, a seed that is negative or not whole, or a
+            picture that cannot be decoded.
     """
     if name not in CONSTANTS:
         raise ValueError(f"corruption {name!r} is not one of {', '.join(NAMES)}")
-    if severity not in (1, 2, 3, 4, 5):
+    if not isinstance(severity, int | np.integer) or severity not in (1, 2, 3, 4, 5):
         raise ValueError(f"severity {severity!r}: must be one of 1, 2, 3, 4, 5")
+    seeds = seed if isinstance(seed, tuple | list) else (seed,)
+    if not all(isinstance(number, int | np.integer) and number >= 0 for number in seeds):
+        raise ValueError(f"seed {seed!r}: must be whole numbers of at least 0")
     pixels = rgb(image)
-    words = (seed,) if isinstance(seed, int | np.integer) else tuple(seed)
-    dice = np.random.default_rng([NAMES.index(name), severity, *words])
+    dice = np.random.default_rng([NAMES.index(name), severity, *seeds])
     constant = table_for(name, *pixels.shape[:2])[severity - 1]
     result = FUNCTIONS[name](pixels, constant, dice)
     return Image.fromarray(result if result.dtype == np.uint8 else to_bytes(result))
@@ -166,10 +171,7 @@ def choose(names: tuple[str, ...]) -> tuple[str, ...]:
 def rgb(image: Image.Image) -> np.ndarray:
     """Pixels [H, W, 3] uint8 of a picture of any mode."""
     try:
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(plain_rgb(image))  # not turned upright: the same size
     except (OSError, SyntaxError) as error:
         raise ValueError(f"the image cannot be decoded: {error}") from None
 
@@ -586,11 +588,14 @@ def main(args: Args) -> None:
         names = choose(args.names)
     except ValueError as error:
         raise SystemExit(f"--names: {error}") from None
+    if args.side < 1:
+        raise SystemExit(f"--side {args.side}: must be at least 1")
+    if args.seed < 0:
+        raise SystemExit(f"--seed {args.seed}: must be at least 0")
+    check_out(args.out)
     if args.image:
-        ImageFile.LOAD_TRUNCATED_IMAGES = False
         try:
-            image = Image.open(args.image)
-            image = Image.fromarray(rgb(image))
+            image = open_image(Path(args.image).read_bytes(), None)
         except (OSError, ValueError) as error:
             raise SystemExit(f"--image {args.image}: {error}") from None
         image.thumbnail((args.side, args.side * 4))
@@ -598,10 +603,23 @@ def main(args: Args) -> None:
         from common.puzzles import puzzle
 
         image = puzzle("test", 4).image
-    if not Path(args.out).parent.is_dir():
-        raise SystemExit(f"--out {args.out}: its folder does not exist")
-    contact_sheet(image, names, args.seed).save(args.out)
+    sheet = contact_sheet(image, names, args.seed)
+    try:
+        sheet.save(args.out)
+    except (OSError, ValueError) as error:  # no right to write there, a full disk, a format without such pictures
+        raise SystemExit(f"--out {args.out}: {error}") from None
     print(f"{args.out}: {len(names)} corruptions at severities 1 to 5")
+
+
+def check_out(out: str) -> None:
+    """Stop, one line, where no picture of this name can be written: before the work rather than after it."""
+    path = Path(out)
+    if not path.parent.is_dir():
+        raise SystemExit(f"--out {out}: its folder does not exist")
+    if path.is_dir():
+        raise SystemExit(f"--out {out}: is a folder; name a picture")
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise SystemExit(f"--out {out}: {path.suffix!r} is no ending of pictures that can be written, such as .png")
 
 
 if __name__ == "__main__":

@@ -351,6 +351,28 @@ def test_any_mode_becomes_rgb(mode):
     assert corrupt(image, "gaussian_blur", 1, 0).mode == "RGB"
 
 
+@pytest.mark.parametrize(
+    "mode, white, dtype",
+    [("I;16", 65535, np.uint16), ("I", 255, np.int32), ("F", 255, np.float32), ("F", 1, np.float32)],
+)
+def test_more_than_8_bits_give_the_same_picture(mode, white, dtype):
+    eight = photo(40, 50).convert("L")
+    levels = np.asarray(eight)
+    image = Image.fromarray((levels * (white / 255)).astype(dtype))
+    assert image.mode == mode
+    np.testing.assert_allclose(corruptions.rgb(image)[..., 0], levels, atol=1)
+    corrupted, expected = (values(corrupt(i, "brightness", 3, 0)) for i in (image, eight))
+    np.testing.assert_allclose(corrupted, expected, atol=2 / 255)
+
+
+def test_a_picture_that_says_it_lies_on_its_side_keeps_its_size():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    photo(40, 50).save(file, "JPEG", exif=exif)
+    assert corrupt(Image.open(file), "fog", 1, 0).size == (50, 40)
+
+
 def test_transparency_is_laid_on_white():
     image = Image.new("RGBA", (40, 40), (255, 0, 0, 0))
     assert np.asarray(corrupt(image, "gaussian_blur", 3, 0)).min() == 255
@@ -361,14 +383,22 @@ def test_bad_input_is_one_line():
         corrupt(photo(), "fogg", 1, 0)
     with pytest.raises(ValueError, match="'fogg' is not one of seen, unseen, all, gaussian_noise, "):
         choose(("seen", "fogg"))
-    for severity in (0, 6, 2.5, "3"):
+    for severity in (0, 6, 2.5, "3", 3.0, np.float64(2)):
         with pytest.raises(ValueError, match=r"severity .*: must be one of 1, 2, 3, 4, 5"):
             corrupt(photo(), "fog", severity, 0)
+    for seed in (-1, 1.5, (0, -1), (0, 1.5), None, "7"):
+        with pytest.raises(ValueError, match=r"^seed .*: must be whole numbers of at least 0$"):
+            corrupt(photo(), "fog", 1, seed)
     file = io.BytesIO()
     photo().save(file, "PNG")
     truncated = Image.open(io.BytesIO(file.getvalue()[:400]))
     with pytest.raises(ValueError, match="the image cannot be decoded: "):
         corrupt(truncated, "fog", 1, 0)
+
+
+def test_numpys_whole_numbers_are_whole_numbers():
+    ours = corrupt(photo(), "gaussian_noise", 3, (1, 2))
+    assert corrupt(photo(), "gaussian_noise", np.int64(3), (np.uint8(1), np.int32(2))).tobytes() == ours.tobytes()
 
 
 def test_contact_sheet_is_one_command(tmp_path):
@@ -378,3 +408,42 @@ def test_contact_sheet_is_one_command(tmp_path):
     )
     corruptions.main(args)
     assert Image.open(tmp_path / "sheet.png").size == (150 + 6 * 68, 6 * (96 + 4) + 20)
+
+
+def test_contact_sheet_turns_a_photo_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lying on its side
+    photo(200, 300).save(tmp_path / "photo.jpg", exif=exif)
+    corruptions.main(
+        corruptions.Args(out=str(tmp_path / "sheet.png"), image=str(tmp_path / "photo.jpg"), names=("fog",), side=64)
+    )
+    assert Image.open(tmp_path / "sheet.png").size == (150 + 6 * 68, 1 * (96 + 4) + 20)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"names": ("fogg",)}, "--names: corruption 'fogg' is not one of "),
+        ({"side": 0}, "--side 0: must be at least 1"),
+        ({"seed": -1}, "--seed -1: must be at least 0"),
+        ({"out": "no/such/sheet.png"}, "--out no/such/sheet.png: its folder does not exist"),
+        ({"out": "folder.png"}, "--out folder.png: is a folder; name a picture"),
+        ({"out": "sheet.xyz"}, "--out sheet.xyz: '.xyz' is no ending of pictures that can be written"),
+        ({"out": "sheet"}, "--out sheet: '' is no ending of pictures that can be written"),
+        ({"out": "sheet.xbm"}, "--out sheet.xbm: cannot write mode RGB"),
+        ({"image": "absent.png"}, "--image absent.png: .*No such file"),
+        ({"image": "text.png"}, "--image text.png: .*not in a known format"),
+        ({"image": "bomb.png"}, "--image bomb.png: .*decompression bomb"),
+        ({"image": "large.png"}, "--image large.png: .*more than 100,000,000"),
+    ],
+)
+def test_bad_flags_are_one_line(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "text.png").write_text("no picture")
+    if flags.get("image") in ("bomb.png", "large.png"):
+        height = {"bomb.png": 20_000, "large.png": 11_000}[flags["image"]]
+        Image.new("1", (10_000, height)).save(flags["image"])
+    with pytest.raises(SystemExit, match=message) as error:
+        corruptions.main(corruptions.Args(**{"names": ("contrast",), **flags}))
+    assert "\n" not in str(error.value)
