@@ -25,16 +25,19 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from PIL import Image, ImageDraw, ImageFile
+from PIL import Image, ImageDraw
 from scipy import ndimage
 from scipy.fft import irfft2, next_fast_len, rfft2
 from scipy.special import ndtri, pdtr
+
+from common.data import open_image, plain_rgb
 
 # For training (ROMA) and evaluation; and for evaluation only. Disjoint by name. Seen: noise, blur, low resolution,
 # compression; unseen: one of every family of ImageNet-C.
 SEEN = ("gaussian_noise", "gaussian_blur", "motion_blur", "pixelate", "jpeg_compression")
 UNSEEN = ("impulse_noise", "defocus_blur", "elastic_transform", "contrast", "fog")
 SMALL = 96  # pixels: images whose short side is below take the constants tuned for small images
+ELONGATED = 4  # an image more than so many times as long as wide gets fog and frost from a row of squares
 
 # Five constants a table, for severities 1 to 5: (large images, small images), or one table for both.
 CONSTANTS = {
@@ -123,20 +126,23 @@ NAMES = tuple(CONSTANTS)
 
 
 def corrupt(image: Image.Image, name: str, severity: int, seed: int | tuple[int, ...]) -> Image.Image:
-    """The picture, corrupted: RGB of the same size. `seed` is a number or several, all of them at least 0.
+    """The picture, corrupted: RGB of the same size. `seed` is a whole number or several, all of them at least 0.
 
-    Any mode is taken: transparency is laid on white, grey and palette pictures become RGB.
+    Any mode is taken: transparency is laid on white, what has other than 8 bits is scaled to them (`data.plain_rgb`).
 
     Raises:
-        ValueError: an unknown name, a severity that is not one of 1 to 5, or a picture that cannot be decoded.
+        ValueError: an unknown name, a severity that is not one of 1 to 5, a seed that is negative or not whole, or a
+            picture that cannot be decoded.
     """
     if name not in CONSTANTS:
         raise ValueError(f"corruption {name!r} is not one of {', '.join(NAMES)}")
-    if severity not in (1, 2, 3, 4, 5):
+    if not isinstance(severity, int | np.integer) or severity not in (1, 2, 3, 4, 5):
         raise ValueError(f"severity {severity!r}: must be one of 1, 2, 3, 4, 5")
+    seeds = seed if isinstance(seed, tuple | list) else (seed,)
+    if not all(isinstance(number, int | np.integer) and number >= 0 for number in seeds):
+        raise ValueError(f"seed {seed!r}: must be whole numbers of at least 0")
     pixels = rgb(image)
-    words = (seed,) if isinstance(seed, int | np.integer) else tuple(seed)
-    dice = np.random.default_rng([NAMES.index(name), severity, *words])
+    dice = np.random.default_rng([NAMES.index(name), severity, *seeds])
     constant = table_for(name, *pixels.shape[:2])[severity - 1]
     result = FUNCTIONS[name](pixels, constant, dice)
     return Image.fromarray(result if result.dtype == np.uint8 else to_bytes(result))
@@ -165,10 +171,7 @@ def choose(names: tuple[str, ...]) -> tuple[str, ...]:
 def rgb(image: Image.Image) -> np.ndarray:
     """Pixels [H, W, 3] uint8 of a picture of any mode."""
     try:
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(plain_rgb(image))  # not turned upright: the same size
     except (OSError, SyntaxError) as error:
         raise ValueError(f"the image cannot be decoded: {error}") from None
 
@@ -367,7 +370,7 @@ def frost_texture(height: int, width: int, dice: np.random.Generator) -> np.ndar
         sparks = (dice.random(small, dtype=np.float32) > 0.97).astype(np.float32)
         needles = drag(sparks, max(2, min(small) // 12), max(1.0, min(small) / 16), degrees)
         ice = np.maximum(ice, needles / max(float(needles.max()), 1e-6))
-    film = fractal(max(small), 1.6, dice)[: small[0], : small[1]]
+    film = fractal(*small, 1.6, dice)
     y, x = (np.abs(np.linspace(-1, 1, size, dtype=np.float32)) for size in small)
     rim = np.maximum(y[:, None], x[None]) * 0.6 + 0.4  # thicker where the pane is coldest
     ice = np.clip(0.55 * film * rim + 0.9 * ice * np.clip(film * 1.6 - 0.2, 0, 1) * rim, 0, 1)
@@ -380,37 +383,51 @@ def fog(pixels, constant, dice):
     height, width, _ = pixels.shape
     brightest = float(pixels.max()) / 255
     dim = np.float32(brightest / (brightest + amount))
-    fog = fractal(max(height, width), decay, dice)[:height, :width] * (dim * np.float32(amount))
+    fog = fractal(height, width, decay, dice) * (dim * np.float32(amount))
     return pixels * (dim / np.float32(255)) + fog[..., None]
 
 
-def fractal(size: int, decay: float, dice: np.random.Generator) -> np.ndarray:
-    """A height map in [0, 1], [S, S] float32 with S the next power of two: diamonds and squares on a torus.
+def fractal(height: int, width: int, decay: float, dice: np.random.Generator) -> np.ndarray:
+    """A height map [H, W] float32, cut from one that spans [0, 1]: diamonds and squares on a torus.
 
     At each halving of the mesh a point becomes the mean of its four neighbours plus a perturbation. In the authors'
     code its amplitude is the square of a number that `decay` divides, and the constants are tuned to that.
     """
-    side = 1 << max(0, (size - 1).bit_length())
-    heights = np.zeros((side, side), np.float32)
+    side = first_mesh(height, width)
+    heights = np.zeros([-(-size // side) * side for size in (height, width)], np.float32)
+    if heights.size > side * side:  # heights of 0 at all corners of a row of squares would show as a pattern
+        heights[::side, ::side] = perturbed(heights[::side, ::side], 1.0, dice)
     step, amplitude = side, 1.0
     while step >= 2:
         half = step // 2
         corners = heights[::step, ::step]
-
-        def perturbed(total, amplitude=amplitude):
-            noise = words(dice, total.shape) * np.float32(amplitude / 32768)
-            noise += total * np.float32(0.25)
-            noise -= np.float32(amplitude)
-            return noise
-
         pairs = corners + np.roll(corners, -1, 0)
-        centres = perturbed(pairs + np.roll(pairs, -1, 1))
+        centres = perturbed(pairs + np.roll(pairs, -1, 1), amplitude, dice)
         heights[half::step, half::step] = centres
-        heights[::step, half::step] = perturbed(centres + np.roll(centres, 1, 0) + corners + np.roll(corners, -1, 1))
-        heights[half::step, ::step] = perturbed(centres + np.roll(centres, 1, 1) + corners + np.roll(corners, -1, 0))
+        across = centres + np.roll(centres, 1, 0) + corners + np.roll(corners, -1, 1)
+        heights[::step, half::step] = perturbed(across, amplitude, dice)
+        down = centres + np.roll(centres, 1, 1) + corners + np.roll(corners, -1, 0)
+        heights[half::step, ::step] = perturbed(down, amplitude, dice)
         step, amplitude = half, amplitude / decay**2
     heights -= heights.min()
-    return heights / max(float(heights.max()), 1e-6)
+    heights /= max(float(heights.max()), 1e-6)
+    return heights[:height, :width]
+
+
+def first_mesh(height: int, width: int) -> int:
+    """Side of the squares that a height map begins with, a power of two: one square around the whole picture, or a row
+    of them along an elongated one, where a single square would take memory by the square of the longer side."""
+    shorter, longer = max(min(height, width), 16), max(height, width)  # smaller squares would be noise rather than fog
+    side = longer if longer <= ELONGATED * shorter else shorter
+    return 1 << (side - 1).bit_length()
+
+
+def perturbed(total: np.ndarray, amplitude: float, dice: np.random.Generator) -> np.ndarray:
+    """A quarter of the neighbours' sum, plus something between -amplitude and amplitude."""
+    noise = words(dice, total.shape) * np.float32(amplitude / 32768)
+    noise += total * np.float32(0.25)
+    noise -= np.float32(amplitude)
+    return noise
 
 
 def spatter(pixels, constant, dice):
@@ -571,11 +588,14 @@ def main(args: Args) -> None:
         names = choose(args.names)
     except ValueError as error:
         raise SystemExit(f"--names: {error}") from None
+    if args.side < 1:
+        raise SystemExit(f"--side {args.side}: must be at least 1")
+    if args.seed < 0:
+        raise SystemExit(f"--seed {args.seed}: must be at least 0")
+    check_out(args.out)
     if args.image:
-        ImageFile.LOAD_TRUNCATED_IMAGES = False
         try:
-            image = Image.open(args.image)
-            image = Image.fromarray(rgb(image))
+            image = open_image(Path(args.image).read_bytes(), None)
         except (OSError, ValueError) as error:
             raise SystemExit(f"--image {args.image}: {error}") from None
         image.thumbnail((args.side, args.side * 4))
@@ -583,10 +603,23 @@ def main(args: Args) -> None:
         from common.puzzles import puzzle
 
         image = puzzle("test", 4).image
-    if not Path(args.out).parent.is_dir():
-        raise SystemExit(f"--out {args.out}: its folder does not exist")
-    contact_sheet(image, names, args.seed).save(args.out)
+    sheet = contact_sheet(image, names, args.seed)
+    try:
+        sheet.save(args.out)
+    except (OSError, ValueError) as error:  # no right to write there, a full disk, a format without such pictures
+        raise SystemExit(f"--out {args.out}: {error}") from None
     print(f"{args.out}: {len(names)} corruptions at severities 1 to 5")
+
+
+def check_out(out: str) -> None:
+    """Stop, one line, where no picture of this name can be written: before the work rather than after it."""
+    path = Path(out)
+    if not path.parent.is_dir():
+        raise SystemExit(f"--out {out}: its folder does not exist")
+    if path.is_dir():
+        raise SystemExit(f"--out {out}: is a folder; name a picture")
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise SystemExit(f"--out {out}: {path.suffix!r} is no ending of pictures that can be written, such as .png")
 
 
 if __name__ == "__main__":

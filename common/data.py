@@ -396,13 +396,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     with contextlib.suppress(Exception):  # broken EXIF data, of whatever type PIL raises, makes no picture unusable
         image = ImageOps.exif_transpose(image)
+    return plain_rgb(image)
+
+
+def plain_rgb(image: Image.Image) -> Image.Image:
+    """RGB of the same size from any mode, transparency on white. Raises what PIL does on broken data.
+
+    White is 65535 in a 16-bit picture. For 32-bit integers and floats no file says what it is: the first of 1, 255 and
+    65535 that no value exceeds, or else the highest value.
+    """
+    if image.mode.startswith(("I", "F")):  # 16 bits and more: PIL would cut them off at 255
+        values = np.asarray(image, dtype=np.float64)
+        highest = values.max(initial=0, where=np.isfinite(values))
+        usual = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535)
+        white = next((w for w in usual if highest <= w), highest)
+        scaled = np.nan_to_num(255 * values / white).clip(0, 255).astype(np.uint8)
+        scaled[values == image.info.get("transparency", np.nan)] = 255  # in such a picture one level is transparent
+        image = Image.fromarray(scaled)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode.startswith(("I", "F")):  # 16 bits and more: PIL would cut them off at 255
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        highest = 65535 if image.mode.startswith("I;16") else max(values.max(), 1)
-        image = Image.fromarray((255 * values / highest).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 

@@ -2,6 +2,8 @@
 
 import colorsys
 import io
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -262,13 +264,13 @@ def test_jpeg_compression_is_the_encoder_at_that_quality():
 
 
 def test_fog_has_the_worked_numbers(monkeypatch):
-    monkeypatch.setattr(corruptions, "fractal", lambda size, decay, dice: np.array([[0, 1]], np.float32))
+    monkeypatch.setattr(corruptions, "fractal", lambda height, width, decay, dice: np.array([[0, 1]], np.float32))
     u = corruptions.fog(np.rint(np.array([[[0.2] * 3, [0.8] * 3]]) * 255).astype(np.uint8), (1.5, 2), None)
     np.testing.assert_allclose(u[0, :, 0], [0.069565, 0.8], atol=1e-6)
 
 
 def test_fog_roughness_shrinks_by_the_square_of_its_decay():
-    heights = corruptions.fractal(512, 1.5, np.random.default_rng(0)).astype(np.float64)
+    heights = corruptions.fractal(512, 512, 1.5, np.random.default_rng(0)).astype(np.float64)
     deviations = []
     for step in (2, 4, 8):
         corners = heights[::step, ::step]
@@ -277,6 +279,51 @@ def test_fog_roughness_shrinks_by_the_square_of_its_decay():
         deviations.append((heights[step // 2 :: step, step // 2 :: step] - mean).std())
     np.testing.assert_allclose(np.divide(deviations[1:], deviations[:-1]), 1.5**2, rtol=0.05)
     assert heights.min() == 0 and heights.max() == 1
+
+
+@pytest.mark.parametrize(
+    "name, width, height, checksum",
+    [
+        ("fog", 128, 128, 3387641669),
+        ("frost", 128, 128, 2245187563),
+        ("fog", 640, 480, 155666506),
+        ("frost", 640, 480, 13792871),
+    ],
+)
+def test_fog_and_frost_of_usual_shapes_keep_the_bytes_that_published_figures_were_made_with(
+    name, width, height, checksum
+):
+    y, x = np.mgrid[:height, :width]
+    image = Image.fromarray(np.stack([x * 7 % 256, y * 5 % 256, x * y % 256], -1).astype(np.uint8))
+    assert zlib.crc32(corrupt(image, name, 3, 0).tobytes()) == checksum
+
+
+@pytest.mark.parametrize("name", ["fog", "frost"])
+@pytest.mark.parametrize("size", [(200, 200), (100, 900), (8000, 40)])
+def test_fog_and_frost_take_memory_by_the_number_of_pixels(name, size):
+    image = Image.new("RGB", size, "teal")
+    tracemalloc.start()
+    corrupt(image, name, 3, 0)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 60 * image.width * image.height  # three channels in float32, a few times over
+
+
+@pytest.mark.parametrize("shape", [(64, 1280), (1280, 64)])
+def test_elongated_fog_is_as_light_and_as_rough_as_square_fog(shape):
+    draws = [np.random.default_rng(seed) for seed in range(30)]
+    square, long = (np.array([corruptions.fractal(*s, 1.6, d) for d in draws]) for s in ((64, 64), shape))
+    assert abs(long.mean() - square.mean()) < 0.03
+    assert abs(long.std(axis=(1, 2)).mean() / square.std(axis=(1, 2)).mean() - 1) < 0.15
+
+
+def test_elongated_fog_has_no_seams():
+    # It begins with squares of 64: across their borders it changes as it does everywhere, and corners are like others.
+    fogs = np.array([corruptions.fractal(64, 1280, 1.6, np.random.default_rng(seed)) for seed in range(100)])
+    steps = np.abs(np.diff(fogs, axis=2)).mean((0, 1))  # from each column to the next
+    assert abs(steps[63::64].mean() / steps.mean() - 1) < 0.15
+    assert abs(fogs[:, 0, ::64].std() / fogs.std() - 1) < 0.15
+    assert not np.array_equal(fogs[0, :, :64], fogs[0, :, 64:128]), "not one square again and again"
 
 
 def test_elastic_transform_moves_by_a_smooth_field_of_its_strength():
@@ -304,6 +351,28 @@ def test_any_mode_becomes_rgb(mode):
     assert corrupt(image, "gaussian_blur", 1, 0).mode == "RGB"
 
 
+@pytest.mark.parametrize(
+    "mode, white, dtype",
+    [("I;16", 65535, np.uint16), ("I", 255, np.int32), ("F", 255, np.float32), ("F", 1, np.float32)],
+)
+def test_more_than_8_bits_give_the_same_picture(mode, white, dtype):
+    eight = photo(40, 50).convert("L")
+    levels = np.asarray(eight)
+    image = Image.fromarray((levels * (white / 255)).astype(dtype))
+    assert image.mode == mode
+    np.testing.assert_allclose(corruptions.rgb(image)[..., 0], levels, atol=1)
+    corrupted, expected = (values(corrupt(i, "brightness", 3, 0)) for i in (image, eight))
+    np.testing.assert_allclose(corrupted, expected, atol=2 / 255)
+
+
+def test_a_picture_that_says_it_lies_on_its_side_keeps_its_size():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    photo(40, 50).save(file, "JPEG", exif=exif)
+    assert corrupt(Image.open(file), "fog", 1, 0).size == (50, 40)
+
+
 def test_transparency_is_laid_on_white():
     image = Image.new("RGBA", (40, 40), (255, 0, 0, 0))
     assert np.asarray(corrupt(image, "gaussian_blur", 3, 0)).min() == 255
@@ -314,14 +383,22 @@ def test_bad_input_is_one_line():
         corrupt(photo(), "fogg", 1, 0)
     with pytest.raises(ValueError, match="'fogg' is not one of seen, unseen, all, gaussian_noise, "):
         choose(("seen", "fogg"))
-    for severity in (0, 6, 2.5, "3"):
+    for severity in (0, 6, 2.5, "3", 3.0, np.float64(2)):
         with pytest.raises(ValueError, match=r"severity .*: must be one of 1, 2, 3, 4, 5"):
             corrupt(photo(), "fog", severity, 0)
+    for seed in (-1, 1.5, (0, -1), (0, 1.5), None, "7"):
+        with pytest.raises(ValueError, match=r"^seed .*: must be whole numbers of at least 0$"):
+            corrupt(photo(), "fog", 1, seed)
     file = io.BytesIO()
     photo().save(file, "PNG")
     truncated = Image.open(io.BytesIO(file.getvalue()[:400]))
     with pytest.raises(ValueError, match="the image cannot be decoded: "):
         corrupt(truncated, "fog", 1, 0)
+
+
+def test_numpys_whole_numbers_are_whole_numbers():
+    ours = corrupt(photo(), "gaussian_noise", 3, (1, 2))
+    assert corrupt(photo(), "gaussian_noise", np.int64(3), (np.uint8(1), np.int32(2))).tobytes() == ours.tobytes()
 
 
 def test_contact_sheet_is_one_command(tmp_path):
@@ -331,3 +408,42 @@ def test_contact_sheet_is_one_command(tmp_path):
     )
     corruptions.main(args)
     assert Image.open(tmp_path / "sheet.png").size == (150 + 6 * 68, 6 * (96 + 4) + 20)
+
+
+def test_contact_sheet_turns_a_photo_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lying on its side
+    photo(200, 300).save(tmp_path / "photo.jpg", exif=exif)
+    corruptions.main(
+        corruptions.Args(out=str(tmp_path / "sheet.png"), image=str(tmp_path / "photo.jpg"), names=("fog",), side=64)
+    )
+    assert Image.open(tmp_path / "sheet.png").size == (150 + 6 * 68, 1 * (96 + 4) + 20)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"names": ("fogg",)}, "--names: corruption 'fogg' is not one of "),
+        ({"side": 0}, "--side 0: must be at least 1"),
+        ({"seed": -1}, "--seed -1: must be at least 0"),
+        ({"out": "no/such/sheet.png"}, "--out no/such/sheet.png: its folder does not exist"),
+        ({"out": "folder.png"}, "--out folder.png: is a folder; name a picture"),
+        ({"out": "sheet.xyz"}, "--out sheet.xyz: '.xyz' is no ending of pictures that can be written"),
+        ({"out": "sheet"}, "--out sheet: '' is no ending of pictures that can be written"),
+        ({"out": "sheet.xbm"}, "--out sheet.xbm: cannot write mode RGB"),
+        ({"image": "absent.png"}, "--image absent.png: .*No such file"),
+        ({"image": "text.png"}, "--image text.png: .*not in a known format"),
+        ({"image": "bomb.png"}, "--image bomb.png: .*decompression bomb"),
+        ({"image": "large.png"}, "--image large.png: .*more than 100,000,000"),
+    ],
+)
+def test_bad_flags_are_one_line(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "text.png").write_text("no picture")
+    if flags.get("image") in ("bomb.png", "large.png"):
+        height = {"bomb.png": 20_000, "large.png": 11_000}[flags["image"]]
+        Image.new("1", (10_000, height)).save(flags["image"])
+    with pytest.raises(SystemExit, match=message) as error:
+        corruptions.main(corruptions.Args(**{"names": ("contrast",), **flags}))
+    assert "\n" not in str(error.value)

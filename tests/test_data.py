@@ -294,6 +294,25 @@ def test_transparency_is_white():
 def test_16_bits_keep_their_brightness():
     dark = Image.fromarray(np.full((2, 2), 6554, dtype=np.uint16))  # a tenth of white
     assert open_image(png(dark), None).getpixel((0, 0)) == (25, 25, 25)
+    levels = Image.fromarray(np.array([[0, 257 * 100, 257 * 200]], dtype=np.uint16))
+    clear = open_image(png(levels, transparency=257 * 100), None)  # one level of a grey PNG
+    assert np.asarray(clear)[0, :, 0].tolist() == [0, 255, 200]
+
+
+def test_32_bits_and_floats_keep_their_brightness():
+    # White is the first of 1, 255 and 65535 that no value exceeds, or else the highest value.
+    for levels, expected in (
+        ([0, 0.5, 0.8], [0, 127, 204]),
+        ([0, 100, 200], [0, 100, 200]),
+        ([0, 257 * 100, 257 * 200], [0, 100, 200]),
+        ([0, 100_000, 200_000], [0, 127, 255]),
+        ([-5, np.nan, 1, np.inf], [0, 0, 255, 255]),
+        ([np.nan, np.nan], [0, 0]),
+    ):
+        image = to_rgb(Image.fromarray(np.array([levels], np.float32)))
+        assert np.asarray(image)[0, :, 0].tolist() == expected
+    whole = Image.fromarray(np.array([[0, 100, 200]], np.int32))
+    assert whole.mode == "I" and np.asarray(to_rgb(whole))[0, :, 0].tolist() == [0, 100, 200]
 
 
 def test_broken_exif_data_does_not_matter():
