@@ -130,7 +130,9 @@ def forward_prompts(model: torch.nn.Module, prompts: Prompts, recompute: bool = 
         features = inner.get_image_features(prompts.pixel_values, prompts.image_grid_thw.to(embeds.device))
         embeds = embeds.masked_scatter(image_tokens[..., None], torch.cat(features.pooler_output).to(embeds.dtype))
         # Qwen3-VL also adds features of earlier vision layers to its first text layers.
-        deepstack = [torch.cat(level) for level in getattr(features, "deepstack_features", None) or []]
+        # Some releases cut them into images.
+        levels = getattr(features, "deepstack_features", None) or []
+        deepstack = [level if isinstance(level, torch.Tensor) else torch.cat(level) for level in levels]
 
     width = prompts.input_ids.shape[1]
     causal = torch.ones(width, width, dtype=torch.bool, device=embeds.device).tril()

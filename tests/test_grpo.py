@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 import grpo
 from grpo import Args, group_advantages, k3_divergence, kept_groups, policy_loss, token_weights
+from tests.one_step import gradient_norm, one_step, standardized
 
 REWARDS = torch.tensor([1, 0, 0, 0, 0.98, 0.18, 0.94, 0.10])
 
@@ -275,3 +276,12 @@ def test_importance_weights_are_capped_and_carry_no_gradient():
     weights = grpo.importance_weights(old, sampled, cap=2.0)
     torch.testing.assert_close(weights, torch.tensor([[1.0, math.exp(-1), 2.0]]))
     assert not weights.requires_grad
+
+
+def test_a_step_descends_the_objective(monkeypatch, tmp_path):
+    rewards = [1.5, 0.5, 0, 1, 1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5]  # only the first group has advantages
+    _, logged, policy, _, _, mask, logprobs = one_step(grpo, monkeypatch, tmp_path, [1] * 12, rewards)
+    ratio = (logprobs - logprobs.detach()).exp()
+    loss = (-standardized(rewards) * ratio)[mask].sum() / mask.sum()
+    assert logged["loss"] == pytest.approx(loss.item(), abs=1e-5) and abs(loss) > 1e-3
+    assert logged["grad_norm"] == pytest.approx(gradient_norm(policy, loss), rel=1e-3)

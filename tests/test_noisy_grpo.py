@@ -10,6 +10,7 @@ from PIL import Image
 import grpo
 import noisy_grpo
 from noisy_grpo import ABAR, Args, group_z, levels_of, noisy_bytes, noisy_image, posterior_advantages
+from tests.one_step import gradient_norm, one_step
 
 LADDER = [0.0, 0.3, 0.6, 0.9]
 ARGS = Args(group_size=4)
@@ -203,3 +204,14 @@ def test_each_setting_trains_differently(tmp_path):
 def test_bad_flags_are_one_line(settings, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         noisy_grpo.main(Args(out=str(tmp_path / "x"), **settings))
+
+
+def test_a_step_uses_the_posterior_advantages_on_clean_images(monkeypatch, tmp_path):
+    rewards = [1.5, 0.5, 0, 1, 1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5]
+    args, logged, policy, _, _, mask, logprobs = one_step(noisy_grpo, monkeypatch, tmp_path, [1] * 12, rewards)
+    levels = torch.from_numpy(np.stack([noisy_grpo.levels_of(0, place, args) for place in range(3)])).float().flatten()
+    advantages, _ = noisy_grpo.posterior_advantages(torch.tensor(rewards), levels, args)
+    ratio = (logprobs - logprobs.detach()).exp()
+    loss = (-advantages[:, None] * ratio)[mask].sum() / mask.sum()  # the policy still is its reference
+    assert logged["loss"] == pytest.approx(loss.item(), abs=1e-4) and abs(loss) > 1e-3
+    assert logged["grad_norm"] == pytest.approx(gradient_norm(policy, loss), rel=1e-3)

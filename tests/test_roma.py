@@ -12,8 +12,9 @@ import grpo
 import roma
 from common.corruptions import SEEN
 from common.forward import Scorer, pack_views, rows_of
-from common.model import load_policy, replace_images
+from common.model import replace_images
 from common.rollout import sample, uniform_numbers
+from tests.one_step import gradient_norm, one_step, standardized
 from tests.small_models import small_policy, small_prompts
 
 PAD = (77.0, 55.0, -55.0)  # nonsense on padding, which must change nothing
@@ -218,31 +219,19 @@ def test_without_coefficients_it_is_grpo_to_the_bit(tmp_path):
 
 def test_a_step_descends_equation_7(monkeypatch, tmp_path):
     """The loss and the gradient of a whole step, from equations (2), (5), (6) and (7) on a freshly loaded policy."""
-    correct = torch.tensor([1, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0.0])  # the last two groups have no advantages
-    rewards = torch.tensor([1.5, 0.5, 0, 1, 1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5])  # wrong answers in the right form pay too
-    seen = {}
-    sampled, packed, scored = roma.sample, roma.pack_views, roma.score
-    monkeypatch.setattr("roma.sample", lambda *a, **k: seen.setdefault("rollout", sampled(*a, **k)))
-    monkeypatch.setattr("roma.pack_views", lambda *a, **k: (seen.update(prompts=a[0], views=a[1]), packed(*a, **k))[1])
-    monkeypatch.setattr("roma.score", lambda *a: (correct.tolist(), scored(*a)[1]))
-    monkeypatch.setattr("roma.design_rewards", lambda *a: (rewards.tolist(), {}))
-    args = roma.Args(
-        steps=1, prompts_per_step=3, group_size=4, max_completion_length=12, kl_view_coef=0.3, aux_coef=0.5, seed=5,
-        test_examples=0, eval_every=0, out=str(tmp_path / "run"),
-    )  # fmt: skip
-    roma.main(args)
-    logged = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-
-    policy, rollout = load_policy("tiny"), seen["rollout"]
-    ids, mask = rollout.completion_ids, rollout.completion_mask
-    clean = Scorer(policy)(seen["prompts"], ids, mask).logprobs
+    correct = [1, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0]  # the last two groups have no advantages
+    rewards = [1.5, 0.5, 0, 1, 1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5]  # wrong answers in the right form pay too
+    seen, packed = {}, roma.pack_views
+    monkeypatch.setattr("roma.pack_views", lambda *a, **k: (seen.update(views=a[1]), packed(*a, **k))[1])
+    args, logged, policy, _, ids, mask, clean = one_step(
+        roma, monkeypatch, tmp_path, correct, rewards, kl_view_coef=0.3, aux_coef=0.5
+    )
     views = torch.stack([Scorer(policy)(view, ids, mask).logprobs for view in seen["views"]])
-    groups = rewards.view(-1, 4)
-    advantages = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1, 1)
+    advantages = standardized(rewards)
     auxiliary = [roma.draw_views(5, 0, n, args)[1] for n in range(3) for _ in range(4)]
     gap = clean.detach() - views
     worst = ((-gap).exp() - 1 + gap).clamp(max=10).amax(0)
-    right = mask & (correct == 1)[:, None]
+    right = mask & (torch.tensor(correct) == 1)[:, None]
     terms = {
         "policy": (-advantages * (clean - clean.detach()).exp())[mask].sum() / mask.sum(),
         "view_kl": 0.3 * worst[right].sum() / mask.sum(),
@@ -252,9 +241,7 @@ def test_a_step_descends_equation_7(monkeypatch, tmp_path):
         assert logged[f"loss/{name}"] == pytest.approx(term.item(), abs=1e-4)
     assert logged["loss"] == pytest.approx(sum(terms.values()).item(), abs=1e-4)
     assert min(abs(terms[name].item()) for name in ("view_kl", "view_aux")) > 1e-3
-    sum(terms.values()).backward()
-    norm = torch.stack([p.grad.norm() for p in policy.model.parameters() if p.grad is not None]).norm()
-    assert logged["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    assert logged["grad_norm"] == pytest.approx(gradient_norm(policy, sum(terms.values())), rel=1e-3)
 
 
 def test_a_run_ends_with_the_table_and_watches_for_blindness(tmp_path, capsys):

@@ -13,6 +13,7 @@ from common.forward import Scorer
 from common.layers import attention
 from common.model import process_images
 from common.rollout import sample, uniform_numbers
+from tests.one_step import gradient_norm, one_step, standardized
 from tests.small_models import small_policy, small_prompts
 
 close = lambda a, b: torch.testing.assert_close(
@@ -267,3 +268,16 @@ def test_each_setting_trains_differently(tmp_path):
 def test_bad_flags_are_one_line(settings, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         vppo.main(vppo.Args(out=str(tmp_path / "x"), **settings))
+
+
+def test_a_step_pays_for_likely_tokens(monkeypatch, tmp_path):
+    """VPPO's entropy penalty is the mean negative log-likelihood of all tokens, filtered out or not."""
+    rewards = [1.5, 0.5, 0, 1, 1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5]
+    _, logged, policy, _, _, mask, logprobs = one_step(
+        vppo, monkeypatch, tmp_path, [1] * 12, rewards, keep_fraction=1.0, beta_min=1.0, entropy_coef=0.5,
+        filter_groups="none",
+    )  # fmt: skip
+    ratio = (logprobs - logprobs.detach()).exp()
+    loss = (-standardized(rewards) * ratio - 0.5 * logprobs)[mask].sum() / mask.sum()
+    assert logged["loss"] == pytest.approx(loss.item(), abs=1e-4)
+    assert logged["grad_norm"] == pytest.approx(gradient_norm(policy, loss), rel=1e-3)

@@ -1,0 +1,44 @@
+"""One training step with given rewards, and what is needed to compute its loss and gradient apart from the loop."""
+
+import json
+
+import torch
+
+from common.forward import Scorer
+from common.model import load_policy
+
+
+def one_step(script, monkeypatch, folder, correct: list, rewards: list, **settings):
+    """Run one step of 3 groups of 4 from the built-in model, with these verdicts and rewards for its 12 rows.
+
+    Returns the run's arguments and metrics, a fresh policy, the clean prompts, token ids and mask [12, T], and the
+    fresh policy's log-probabilities [12, T] of them, with gradient.
+    """
+    seen, verdicts = {}, script.score
+    for name in ("sample", "encode_prompts"):
+        original = getattr(script, name)
+        monkeypatch.setattr(
+            script, name, lambda *a, name=name, original=original, **k: seen.setdefault(name, original(*a, **k))
+        )
+    monkeypatch.setattr(script, "score", lambda *a: ([float(c) for c in correct], verdicts(*a)[1]))
+    monkeypatch.setattr(script, "design_rewards", lambda *a: ([float(r) for r in rewards], {}))
+    args = script.Args(
+        steps=1, prompts_per_step=3, group_size=4, max_completion_length=40, seed=5, test_examples=0, eval_every=0,
+        out=str(folder / "run"), **settings,
+    )  # fmt: skip
+    script.main(args)
+    metrics = json.loads((folder / "run" / "metrics.jsonl").read_text())
+    policy, rollout, prompts = load_policy("tiny"), seen["sample"], seen["encode_prompts"]
+    logprobs = Scorer(policy)(prompts, rollout.completion_ids, rollout.completion_mask).logprobs
+    return args, metrics, policy, prompts, rollout.completion_ids, rollout.completion_mask, logprobs
+
+
+def standardized(rewards: list) -> torch.Tensor:
+    """Advantages [12, 1] of 3 groups of 4."""
+    groups = torch.tensor(rewards, dtype=torch.float32).view(3, 4)
+    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(12, 1)
+
+
+def gradient_norm(policy, loss: torch.Tensor) -> float:
+    loss.backward()
+    return torch.stack([p.grad.norm() for p in policy.model.parameters() if p.grad is not None]).norm().item()
