@@ -5,7 +5,8 @@
     python -m common.evaluate --model runs/grpo-tiny-seed1 runs/roma-tiny-seed1 --corruptions seen unseen --out r.json
 
 With `--corruptions` every example is answered clean and under each corruption at each severity (a cell), with the same
-pixels for every model. Finished cells are kept in `--out`: the same command goes on where it was stopped.
+pixels for every model. Finished cells are kept in `--out`: the same command goes on where it was stopped, and one with
+other models, corruptions or severities adds to the file. A file of other settings, examples or weights is refused.
 """
 
 import json
@@ -23,10 +24,10 @@ from PIL import Image
 from common.corruptions import SEEN, UNSEEN, choose, corrupt
 from common.data import TEMPLATE, Example, build_messages, check_template, load_examples
 from common.forward import Scorer
-from common.model import Policy, encode_prompts, load_policy, replace_images
+from common.model import TINY, Policy, encode_prompts, load_policy, replace_images
 from common.rewards import score
 from common.rollout import decode, sample, uniform_numbers
-from common.run import write
+from common.run import checksum, write
 from common.sets import SOURCES, special_scores
 
 
@@ -61,12 +62,12 @@ class Args:
     """examples decoded together; lower it when memory runs out"""
     seed: int = 1
     """of the sampling, where the temperature is above 0"""
-    corruptions: tuple[str, ...] = ()
+    corruptions: tuple[str, ...] | None = None
     """also corrupt the pictures: names, `seen`, `unseen`, `all` (see common/corruptions.py)"""
-    severities: tuple[int, ...] = (1, 3, 5)
-    """severities of these corruptions, 1 to 5"""
+    severities: tuple[int, ...] | None = None
+    """severities of these corruptions, 1 to 5 (default: 1 3 5)"""
     out: str = ""
-    """JSON file for settings and results; a plot of the same name comes with --corruptions"""
+    """.json file for settings and results; what it holds is kept; a plot of the same name comes with --corruptions"""
 
 
 def evaluate(
@@ -233,67 +234,82 @@ def mean_over_cells(cells: dict[str, list[float]], names: Sequence[str]) -> np.n
     return np.mean(chosen, axis=0) if chosen else None
 
 
-def bootstrap(differences: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
+def bootstrap(differences: np.ndarray | list[np.ndarray], draws: int = 10_000) -> tuple[float, float]:
     """95 % interval of the mean of paired differences [E], or [S, E] over training seeds and examples: both are drawn
-    again with replacement (percentiles). The same examples stand in every row, so they are drawn once for all rows."""
-    dice, table = np.random.default_rng(0), np.atleast_2d(differences)
-    seeds, examples = table.shape
+    again with replacement (percentiles). The same examples stand in every row, so they are drawn once for all rows.
+    Of a list, a table a benchmark, it is the interval of the mean of their means: the same seeds, each its examples."""
+    tables = [np.atleast_2d(d) for d in (differences if isinstance(differences, list) else [differences])]
+    dice, seeds = np.random.default_rng(0), len(tables[0])
     means = np.empty(draws)
     for draw in range(draws):
-        rows = table[dice.integers(0, seeds, seeds)].mean(0) if seeds > 1 else table[0]
-        means[draw] = rows[dice.integers(0, examples, examples)].mean()
+        chosen = dice.integers(0, seeds, seeds) if seeds > 1 else None
+        rows = [table[chosen].mean(0) if seeds > 1 else table[0] for table in tables]
+        means[draw] = sum(row[dice.integers(0, len(row), len(row))].mean() for row in rows) / len(rows)
     return tuple(np.quantile(means, [0.025, 0.975]).tolist())
 
 
-def robustness_summary(models: dict[str, dict[str, list[float]]]) -> dict[str, dict]:
-    """Figures a model: accuracy clean, on seen and unseen corruptions (and on others), the drop from clean, what share
-    of clean is retained, and the paired difference to the first model with its 95 % bootstrap interval."""
+def robustness_summary(*benchmarks: dict[str, dict[str, list[float]]]) -> dict[str, dict]:
+    """Figures a model, from the cells of every model on one benchmark or on each of several (then means over these):
+    accuracy clean, on seen and unseen corruptions (and on others), the drop from clean, what share of clean is retained
+    (None where clean is 0), and the difference to the first model; paired 95 % bootstrap intervals of drop and
+    difference."""
     sets = {"clean": ("clean",), "seen": SEEN, "unseen": UNSEEN}
-    rest = {cell.rsplit("/", 1)[0] for cells in models.values() for cell in cells} - {"clean", *SEEN, *UNSEEN}
+    rest = {cell.rsplit("/", 1)[0] for cells in benchmarks[0].values() for cell in cells} - {"clean", *SEEN, *UNSEEN}
     sets |= {"others": tuple(sorted(rest))}
-    first, summary = next(iter(models.values())), {}
-    for model, cells in models.items():
-        clean = mean_over_cells(cells, ("clean",)).mean()
+    average = lambda tables: float(np.mean([np.mean(table) for table in tables]))
+    first, summary = next(iter(benchmarks[0])), {}
+    for model in benchmarks[0]:
+        own = [models[model] for models in benchmarks]
+        clean = [mean_over_cells(cells, ("clean",)) for cells in own]
         figures = summary[model] = {}
         for title, names in sets.items():
-            values = mean_over_cells(cells, names)
-            if values is None:
+            values = [mean_over_cells(cells, names) for cells in own]  # a benchmark: [E] or [S, E]
+            if values[0] is None:
                 continue
-            figures[title] = {"accuracy": values.mean(), "drop": clean - values.mean()}
-            figures[title]["retained"] = values.mean() / clean if clean else float("nan")
-            against = mean_over_cells(first, names)
-            if cells is not first and against is not None:
-                figures[title]["difference"] = (values - against).mean()
-                figures[title]["difference_ci"] = bootstrap(values - against)
-        figures["cells"] = {cell: float(np.mean(values)) for cell, values in cells.items()}
+            drops = [c - v for c, v in zip(clean, values, strict=True)]
+            figures[title] = {"accuracy": average(values), "drop": average(drops)}
+            if title != "clean":
+                figures[title]["drop_ci"] = bootstrap(drops)
+            kept = [v.mean() / c.mean() for c, v in zip(clean, values, strict=True) if c.any()]
+            figures[title]["retained"] = average(kept) if len(kept) == len(clean) else None
+            against = [mean_over_cells(models[first], names) for models in benchmarks]
+            if model != first and against[0] is not None:
+                differences = [v - a for v, a in zip(values, against, strict=True)]
+                figures[title]["difference"] = average(differences)
+                figures[title]["difference_ci"] = bootstrap(differences)
+        figures["cells"] = {cell: average([cells[cell] for cells in own]) for cell in own[0]}
     return summary
 
 
 def robustness_table(summary: dict[str, dict]) -> str:
-    """A plain-text table in percent: the sets with their drops and differences, then every corruption, mean over its
-    severities."""
-    percent = lambda x: f"{100 * x:.1f}"
-    first = next(iter(summary.values()))
-    titles = [title for title in first if title != "cells"]
-    header = ["model", *titles, *(f"drop {t}" for t in titles[1:]), *(f"kept {t}" for t in titles[1:])]
-    lines = [header]
+    """Plain-text tables in percent: accuracy and what is kept of clean; drops from clean; differences to the first
+    model; and, a line a corruption and model, every severity."""
+    percent = lambda x: "" if x is None else f"{100 * x:.1f}"
+    first, *others = summary
+    titles = [title for title in summary[first] if title != "cells"]
+    tables = [[["model", *titles, *(f"kept {t}" for t in titles[1:])]]]
     for model, figures in summary.items():
-        line = [model, *(percent(figures[t]["accuracy"]) for t in titles)]
-        line += [percent(figures[t]["drop"]) for t in titles[1:]]
-        lines.append(line + [percent(figures[t]["retained"]) for t in titles[1:]])
-    text = aligned(lines)
-    if len(summary) > 1:
-        lines = [[f"against {next(iter(summary))}", *titles]]
-        for model, figures in list(summary.items())[1:]:
-            spans = [(100 * figures[t]["difference"], *(100 * x for x in figures[t]["difference_ci"])) for t in titles]
-            lines.append([model, *(f"{d:+.1f} ({low:+.1f} to {high:+.1f})" for d, low, high in spans)])
-        text += "\n\n" + aligned(lines)
-    names = list(dict.fromkeys(cell.rsplit("/", 1)[0] for cell in first["cells"]))
-    lines = [["corruption", *summary]]
-    for name in names:
-        values = [[v for c, v in f["cells"].items() if c.rsplit("/", 1)[0] == name] for f in summary.values()]
-        lines.append([name, *(percent(float(np.mean(v))) for v in values)])
-    return text + "\n\n" + aligned(lines)
+        kept = (percent(figures[t]["retained"]) for t in titles[1:])
+        tables[0].append([model, *(percent(figures[t]["accuracy"]) for t in titles), *kept])
+
+    def spans(head: str, key: str, models: list[str], titles: list[str]) -> list[list[str]]:
+        lines = [[head, *titles]]
+        for model in models:
+            found = [(summary[model][t][key], *summary[model][t][f"{key}_ci"]) for t in titles]
+            lines.append([model, *("{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in f)) for f in found)])
+        return lines
+
+    tables.append(spans("drop from clean", "drop", [first, *others], titles[1:]))
+    tables.append(spans(f"against {first}", "difference", others, titles))
+    cells = [cell.rsplit("/", 1) for cell in summary[first]["cells"] if cell != CLEAN]
+    severities = sorted({severity for _, severity in cells})
+    tables.append([["corruption", "model", *(f"severity {s}" for s in severities), "mean"]])
+    for name, model in product(dict.fromkeys(name for name, _ in cells), summary):
+        values = [summary[model]["cells"].get(f"{name}/{s}") for s in severities]
+        mean = float(np.mean([v for v in values if v is not None]))
+        tables[-1].append([name, model, *map(percent, values), percent(mean)])
+    # Without corruptions there are no drops, with one model no differences: a head alone is not a table.
+    return "\n\n".join(aligned(lines) for lines in tables if len(lines) > 1 and len(lines[0]) > 1)
 
 
 def plot_robustness(summary: dict[str, dict], path: str | Path) -> None:
@@ -328,8 +344,13 @@ def show_robustness(folder: Path, models: dict[str, dict[str, list[float]]]) -> 
     """Print the table of some models' cells; keep figures, cells and plot in `folder`."""
     summary = robustness_summary(models)
     print(robustness_table(summary))
-    write(folder / "robustness.json", json.dumps({"summary": summary, "cells": models}, indent=1))
+    write_results(folder / "robustness.json", {"summary": summary, "cells": models})
     plot_robustness(summary, folder / "robustness.png")
+
+
+def write_results(path: str | Path, content: dict) -> None:
+    """Write strict JSON, which knows no NaN."""
+    write(Path(path), json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def image_reliance(
@@ -391,40 +412,52 @@ def check(args: Args) -> None:
         raise SystemExit(f"--samples {args.samples}: greedy answers are all the same; pass a --temperature above 0")
     if args.out and not (Path(args.out).parent.is_dir() and not Path(args.out).is_dir()):
         raise SystemExit(f"--out {args.out}: not a file in a folder that exists")
+    if args.out and Path(args.out).suffix != ".json":
+        raise SystemExit(f"--out {args.out}: must end in .json")
     if args.prompt_template:
         check_template(args.prompt_template)
     for name in args.benchmark:
         if name.split("=")[0] not in SOURCES:
             raise SystemExit(f"--benchmark {name}: choose among {', '.join(SOURCES)}, with =FOLDER behind for a folder")
     try:
-        choose(args.corruptions)
+        choose(args.corruptions or ())
     except ValueError as error:
         raise SystemExit(f"--corruptions: {error}") from None
-    if not args.severities or not set(args.severities) <= {1, 2, 3, 4, 5}:
+    for name in ("corruptions", "severities"):
+        if getattr(args, name) == ():
+            raise SystemExit(f"--{name}: nothing stands behind it")
+    if not set(args.severities or ()) <= {1, 2, 3, 4, 5}:
         raise SystemExit(f"--severities {' '.join(map(str, args.severities))}: each must be one of 1 to 5")
+    if args.severities and not args.corruptions:
+        raise SystemExit(f"--severities {' '.join(map(str, args.severities))}: of what? Pass --corruptions with it")
 
 
 def main(args: Args) -> dict[str, dict]:
     check(args)
-    return benchmarks(args) if args.benchmark else evaluate_on(args)
+    return benchmarks(args) if args.benchmark else evaluate_on(args)[0]
 
 
 def benchmarks(args: Args) -> dict[str, dict]:
-    """Every model on every benchmark; each benchmark's results are kept in a file of their own beside `--out`, so that
-    the same command goes on where it stopped."""
-    results = {}
-    for name in args.benchmark:
-        out = ""
+    """Every model on every benchmark, and their means; each benchmark's results are kept in a file of their own beside
+    `--out`, which is made from these, so that the same command goes on where it stopped."""
+    results, cells = {}, {}
+    read_results(args.out, "benchmarks")
+    for data in args.benchmark:
+        name, out = data.split("=")[0], ""
         if args.out:
-            path = Path(args.out)
-            out = str(path.with_name(f"{path.stem}-{name.split('=')[0]}{path.suffix}"))
-        results[name.split("=")[0]] = evaluate_on(replace(args, data=name, benchmark=(), out=out))
+            out = str(Path(args.out).with_name(f"{Path(args.out).stem}-{name}.json"))
+        results[name], cells[name] = evaluate_on(replace(args, data=data, benchmark=(), out=out))
         print()
-    if not args.corruptions:
+    content = {"benchmarks": results}
+    if args.corruptions:
+        content["summary"] = robustness_summary(*cells.values())
+        print(f"mean over {', '.join(results)}")
+        print(robustness_table(content["summary"]))
+    else:
         lines = [["model", *results]]
         for model in args.model:
-            cells = [result[model] for result in results.values()]
-            spans = [(100 * c["accuracy"], 100 * c["ci_low"], 100 * c["ci_high"]) for c in cells]
+            figures = [result[model] for result in results.values()]
+            spans = [(100 * f["accuracy"], 100 * f["ci_low"], 100 * f["ci_high"]) for f in figures]
             lines.append([model, *(f"{mean:.1f} ({low:.1f}-{high:.1f})" for mean, low, high in spans)])
         print(aligned(lines))
         for name, result in results.items():
@@ -432,25 +465,31 @@ def benchmarks(args: Args) -> dict[str, dict]:
                 figures = ", ".join(f"{model} {100 * result[model]['special'][title]:.1f}" for model in args.model)
                 print(f"{name}, {title}: {figures}")
     if args.out:
-        write(Path(args.out), json.dumps({"benchmarks": results}, indent=1, ensure_ascii=False))
+        write_results(args.out, content)
+        if args.corruptions:
+            plot_robustness(content["summary"], Path(args.out).with_suffix(".png"))
     return results
 
 
-def evaluate_on(args: Args) -> dict[str, dict]:
-    """Every model on one set: tables printed and results kept in `--out`."""
-    checkpoints = {name: newest_checkpoint(name) for name in args.model}
+def evaluate_on(args: Args) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Every model on one set: tables printed and results kept in `--out`. Returns figures a model and, under
+    corruptions, the cells that they are made of."""
+    marks = {name: mark(newest_checkpoint(name)) for name in args.model}
     columns = {name: getattr(args, name) for name in ("image_column", "question_column", "answer_column", "kind")}
     limit = (500 if args.data == "puzzles" else 0) if args.limit is None else args.limit
     examples = load_examples(args.data, args.split, limit=limit or None, **columns)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Settings that change what a cell holds; the models and the cells asked for may differ from what a file has.
     settings = asdict(args) | dict.fromkeys(("model", "corruptions", "severities", "out", "batch_prompts"))
-    resumable = args.corruptions or args.data.split("=")[0] in SOURCES
-    results = known_results(args.out, settings, checkpoints) if resumable else {}
-    for name, checkpoint in checkpoints.items():
-        if not args.corruptions and "accuracy" in results.get(name, ()):
+    held = known_results(args.out, settings | {"limit": len(examples)}, marks)
+    names, severities = choose(args.corruptions or ()), args.severities or (1, 3, 5)
+    wanted = [CLEAN, *(f"{name}/{severity}" for name, severity in product(names, severities))]
+    for name in marks:
+        result = held["models"].get(name, {})
+        finished = "accuracy" in result and args.data.split("=")[0] in SOURCES
+        if set(wanted) <= set(result.get("cells", ())) if args.corruptions else finished:
             continue
-        policy = load_policy(checkpoint, device=device, trainable=False, max_pixels=args.max_pixels)
+        policy = load_policy(marks[name]["checkpoint"], device=device, trainable=False, max_pixels=args.max_pixels)
         options = dict(
             template=args.prompt_template or usual(name)["prompt_template"],
             samples=args.samples,
@@ -459,17 +498,15 @@ def evaluate_on(args: Args) -> dict[str, dict]:
             batch_prompts=args.batch_prompts,
             seed=args.seed,
         )
-        result = results.setdefault(name, {"checkpoint": checkpoint})
+        result = held["models"][name] = result | marks[name]
 
-        def save(cells: dict | None = None, result=result):
+        def save(cells: dict | None = None, result=result) -> None:
             result.update({"cells": cells} if cells else {})
             if args.out:
-                text = json.dumps({"args": settings, "models": results}, indent=1, ensure_ascii=False)
-                write(Path(args.out), text)
+                write_results(args.out, held)
 
         if args.corruptions:
-            names = choose(args.corruptions)
-            robustness(policy, examples, names, args.severities, known=result.get("cells"), keep=save, **options)
+            robustness(policy, examples, names, severities, known=result.get("cells"), keep=save, **options)
         else:
             result.update(evaluate(policy, examples, **options))
             rows = [(row["id"], row["group"], sum(row["correct"]) / len(row["correct"])) for row in result["rows"]]
@@ -477,41 +514,72 @@ def evaluate_on(args: Args) -> dict[str, dict]:
             save()
     answered = f"{args.samples} samples each at temperature {args.temperature}" if args.temperature else "greedy"
     print(f"{args.data}, split {args.split}, {len(examples)} examples, {answered}")
+    results = {name: held["models"][name] for name in marks}
     if not args.corruptions:
         print(table(results))
-        return results
-    wanted = [CLEAN, *(f"{name}/{severity}" for name, severity in product(names, args.severities))]
-    summary = robustness_summary({m: {c: results[m]["cells"][c] for c in wanted} for m in checkpoints})
-    print(f"severities {', '.join(map(str, args.severities))}")
-    print(robustness_table(summary))
+        return results, {}
+    cells = {name: {cell: result["cells"][cell] for cell in wanted} for name, result in results.items()}
+    held["summary"] = robustness_summary(cells)
+    print(robustness_table(held["summary"]))
     if args.out:
-        plot_robustness(summary, Path(args.out).with_suffix(".png"))
-    return summary
+        write_results(args.out, held)
+        plot_robustness(held["summary"], Path(args.out).with_suffix(".png"))
+    return held["summary"], cells
 
 
-def known_results(out: str, settings: dict, checkpoints: dict[str, str]) -> dict[str, dict]:
-    """What an earlier, perhaps interrupted run of the same settings left in `out`.
+def mark(checkpoint: str) -> dict[str, str]:
+    """A checkpoint's name, and what changes with its weights: the checksum of a run's list of checksums or of the
+    built-in weights, else names, sizes and times of a folder's weight files; nothing for a hub id."""
+    sealed = TINY / "model.safetensors" if checkpoint == "tiny" else Path(checkpoint) / "complete"
+    if sealed.is_file():
+        return {"checkpoint": checkpoint, "weights": checksum(sealed)}
+    files = sorted(file for ending in ("safetensors", "bin") for file in Path(checkpoint).glob(f"*.{ending}"))
+    weights = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    return {"checkpoint": checkpoint, "weights": ", ".join(weights)}
+
+
+def read_results(out: str, *keys: str) -> dict:
+    """What an earlier command left in `out`, nothing where it is not there.
 
     Raises:
-        SystemExit: the file holds something else, or figures of another checkpoint.
+        SystemExit: the file is not JSON with these keys.
     """
     if not out or not Path(out).is_file():
         return {}
     try:
-        held = json.loads(Path(out).read_text())
-        before, models = held["args"], held["models"]
-    except (ValueError, KeyError, TypeError):
-        raise SystemExit(f"--out {out}: holds something else; name another file") from None
+        held = json.loads(Path(out).read_bytes())
+    except ValueError:
+        held = None
+    if not isinstance(held, dict) or not all(isinstance(held.get(key), dict) for key in keys):
+        raise SystemExit(f"--out {out}: holds something else; name another file")
+    return held
+
+
+def known_results(out: str, settings: dict, marks: dict[str, dict]) -> dict:
+    """What an earlier, perhaps interrupted command of the same settings left in `out`, with all its models. A file from
+    before weights were marked goes by the checkpoints' names.
+
+    Raises:
+        SystemExit: the file holds something else, or figures of other settings, examples or weights.
+    """
+    held = read_results(out, "args", "models")
+    if not held:
+        return {"args": settings, "models": {}}
     for key, value in json.loads(json.dumps(settings)).items():
-        if before.get(key) != value:
+        before = held["args"].get(key)
+        if before != value and key != "limit":  # of which the file's examples tell more than what was asked for
             flag = "--" + key.replace("_", "-")
-            raise SystemExit(
-                f"--out {out}: {flag} was {before.get(key)!r} there and is {value!r} now; name another file"
-            )
-    for name, checkpoint in checkpoints.items():
-        if name in models and models[name]["checkpoint"] != checkpoint:
-            raise SystemExit(f"--out {out}: {name} was {models[name]['checkpoint']} there and is {checkpoint} now")
-    return {name: models[name] for name in models if name in checkpoints}
+            raise SystemExit(f"--out {out}: {flag} was {before!r} there and is {value!r} now; name another file")
+    kept = [part for m in held["models"].values() for part in (*m.get("cells", {}).values(), m.get("rows"))]
+    if others := {len(part) for part in kept if part} - {settings["limit"]}:
+        counts = f"{others.pop()} examples, there are {settings['limit']} now (--data, --limit)"
+        raise SystemExit(f"--out {out}: holds figures of {counts}; name another file")
+    for name in marks.keys() & held["models"].keys():
+        before = {key: held["models"][name].get(key, value) for key, value in marks[name].items()}
+        if before != marks[name]:
+            weights = f"other weights of {name} ({before['checkpoint']})"
+            raise SystemExit(f"--out {out}: holds figures of {weights}; name another file")
+    return held | {"args": settings}
 
 
 if __name__ == "__main__":

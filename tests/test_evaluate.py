@@ -1,6 +1,7 @@
 """Evaluation: figures, intervals, tables, and the built-in model answering built-in puzzles."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from scipy.stats import binomtest, norm
 
 import common.evaluate
-from common.data import TEMPLATE, Example, load_examples
+from common.corruptions import SEEN, UNSEEN
+from common.data import PUZZLE_COUNT, TEMPLATE, Example, load_examples
 from common.evaluate import (
     Args,
     bootstrap,
@@ -17,15 +19,17 @@ from common.evaluate import (
     image_reliance,
     interval,
     main,
+    mark,
     newest_checkpoint,
     robustness,
     robustness_summary,
     robustness_table,
+    show_robustness,
     summarize,
     table,
     usual,
 )
-from common.model import load_policy
+from common.model import TINY, load_policy
 from tests.small_models import picture, small_folder, small_policy
 
 
@@ -169,9 +173,13 @@ def test_no_examples():
         (dict(batch_prompts=0), "--batch-prompts 0"),
         (dict(samples=4), "--samples 4: greedy answers are all the same"),
         (dict(out="/nowhere/x.json"), "--out /nowhere/x.json: not a file in a folder that exists"),
+        (dict(out="/tmp/r.png"), "--out /tmp/r.png: must end in .json"),
         (dict(prompt_template="?"), "--prompt-template '\\?': must contain"),
         (dict(corruptions=("seen", "rain")), "--corruptions: corruption 'rain' is not one of seen, "),
+        (dict(corruptions=()), "--corruptions: nothing stands behind it"),
+        (dict(corruptions=("fog",), severities=()), "--severities: nothing stands behind it"),
         (dict(severities=(1, 6)), "--severities 1 6: each must be one of 1 to 5"),
+        (dict(severities=(1, 3, 5)), "--severities 1 3 5: of what\\? Pass --corruptions with it"),
         (dict(model=("tiny", "runs/gone")), "--model runs/gone: no such run folder"),
     ],
 )
@@ -253,9 +261,84 @@ def test_means_over_cells_have_the_worked_numbers():
     assert sum(f["seen"]["retained"] for f in both) / 2 == pytest.approx(0.8725, abs=1e-6)
     assert summary["one"]["unseen"]["drop"] == pytest.approx(0.14)
     assert summary["two"]["seen"]["difference"] == pytest.approx(0.443333 - 0.686667, abs=1e-6)
-    text = robustness_table(summary)
-    assert "one     80.0  68.7    66.0       11.3         14.0       85.8         82.5" in text.splitlines()
-    assert "fog               66.0  40.0" in text.splitlines()
+    text = robustness_table(summary).splitlines()
+    assert "one     80.0  68.7    66.0       85.8         82.5" in text
+    assert "one              +11.3 (+11.3 to +11.3)  +14.0 (+14.0 to +14.0)" in text
+    assert "two          -30.0 (-30.0 to -30.0)  -24.3 (-24.3 to -24.3)  -26.0 (-26.0 to -26.0)" in text
+    assert "corruption        model  severity 1  severity 3  severity 5  mean" in text
+    assert "fog                 one        76.0        66.0        56.0  66.0" in text
+    assert "fog                 two        47.0        41.0        32.0  40.0" in text
+
+
+def test_the_table_of_two_runs_and_three_severities_is_readable():
+    corruptions = dict.fromkeys((*SEEN, *UNSEEN, "frost"), (0.7, 0.6, 0.5))
+    names = ("runs/grpo-tiny-seed1", "runs/roma-tiny-seed1")
+    text = robustness_table(robustness_summary({name: cells(0.8, **corruptions) for name in names}))
+    assert max(map(len, text.splitlines())) <= 120
+    assert text.count("runs/roma-tiny-seed1") == 3 + 11, "sets, drops, differences, and a line a corruption"
+    assert robustness_table(robustness_summary({"a": cells(0.8)})) == "model  clean\na       80.0", "no empty tables"
+
+
+def test_a_single_model_has_intervals_of_its_drops():
+    dice = np.random.default_rng(2)
+    clean, fog = (dice.random(50) < 0.8).astype(float), (dice.random(50) < 0.5).astype(float)
+    (figures,) = robustness_summary({"a": {"clean/0": clean.tolist(), "fog/3": fog.tolist()}}).values()
+    assert figures["unseen"]["drop"] == pytest.approx((clean - fog).mean())
+    assert figures["unseen"]["drop_ci"] == bootstrap(clean - fog) and "drop_ci" not in figures["clean"]
+
+
+def test_a_model_that_is_never_right_retains_nothing_that_could_be_said(tmp_path, capsys):
+    lost = cells(0.0, fog=(0.0, 0.0, 0.0))
+    assert robustness_summary({"a": lost})["a"]["unseen"]["retained"] is None
+    assert robustness_summary({"a": cells(0.5, fog=(0.5, 0.5, 0.5))}, {"a": lost})["a"]["unseen"]["retained"] is None
+    show_robustness(tmp_path, {"a": lost})
+    out = tmp_path / "r.json"
+    main(Args(limit=2, max_completion_length=1, corruptions=("fog",), severities=(5,), out=str(out)))
+    for file in (tmp_path / "robustness.json", out):
+        content = json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+        assert next(iter(content["summary"].values()))["unseen"]["retained"] is None
+
+
+# A benchmark's accuracy clean and under each corruption, at severities 1, 3 and 5.
+MMSTAR = dict(clean=0.8, gaussian_noise=(0.78, 0.7, 0.5), jpeg_compression=(0.8, 0.74, 0.6), fog=(0.76, 0.66, 0.56))
+CHARTQA = dict(clean=0.5, gaussian_noise=(0.5, 0.44, 0.38), jpeg_compression=(0.48, 0.46, 0.4), fog=(0.47, 0.41, 0.32))
+
+
+def test_figures_of_several_benchmarks_are_means_over_benchmarks(tmp_path, monkeypatch, capsys):
+    """The worked numbers of ROMA's specification, equation (9); the sets are of unlike size, and weigh alike."""
+    sizes = {"mmstar": 50, "chartqa": 100}
+
+    def evaluate(policy, examples, corruption, **options):
+        accuracies = {"mmstar": MMSTAR, "chartqa": CHARTQA}[examples[0]]
+        accuracy = accuracies[corruption[0]][(1, 3, 5).index(corruption[1])] if corruption else accuracies["clean"]
+        right = round(accuracy * len(examples))
+        return {"rows": [{"correct": [float(n < right)]} for n in range(len(examples))]}
+
+    monkeypatch.setattr(common.evaluate, "evaluate", evaluate)
+    monkeypatch.setattr(common.evaluate, "load_examples", lambda name, *args, **kwargs: [name] * sizes[name])
+    monkeypatch.setattr(common.evaluate, "load_policy", lambda *args, **kwargs: None)
+    args = Args(
+        benchmark=("mmstar", "chartqa"), corruptions=("gaussian_noise", "jpeg_compression", "fog"),
+        out=str(tmp_path / "all.json"),
+    )  # fmt: skip
+    main(args)
+    content = json.loads((tmp_path / "all.json").read_text())
+    figures = content["summary"]["tiny"]
+    assert figures["clean"]["accuracy"] == pytest.approx(0.65)
+    assert figures["seen"]["accuracy"] == pytest.approx(0.565) and figures["unseen"]["accuracy"] == pytest.approx(0.53)
+    # (0.686667 / 0.8 + 0.443333 / 0.5) / 2 and (0.66 / 0.8 + 0.4 / 0.5) / 2
+    assert figures["seen"]["retained"] == pytest.approx(0.8725)
+    assert figures["unseen"]["retained"] == pytest.approx(0.8125)
+    assert figures["unseen"]["drop"] == pytest.approx(0.12) and figures["cells"]["fog/5"] == pytest.approx(0.44)
+    low, high = figures["unseen"]["drop_ci"]
+    assert low < 0.12 < high
+    assert content["benchmarks"]["mmstar"]["tiny"]["seen"]["accuracy"] == pytest.approx(0.686667, abs=1e-6)
+    text = capsys.readouterr().out
+    assert "tiny    65.0  56.5    53.0" in text.split("mean over mmstar, chartqa")[1]
+    assert (tmp_path / "all.png").is_file() and (tmp_path / "all-chartqa.png").is_file()
+    (tmp_path / "all.json").write_text('{"args": {}, "models": {}}')
+    with pytest.raises(SystemExit, match=r"all.json: holds something else"):
+        main(args)
 
 
 def test_bootstrap_of_paired_differences():
@@ -268,6 +351,12 @@ def test_bootstrap_of_paired_differences():
     assert bootstrap(np.stack([differences] * 5)) == pytest.approx((low, high), abs=0.005)
     apart = np.stack([differences + shift for shift in (-0.2, -0.1, 0, 0.1, 0.2)])
     assert np.subtract(*bootstrap(apart)[::-1]) > 1.5 * (high - low)
+    # Of several benchmarks, large and small, the means weigh alike.
+    assert bootstrap([differences]) == (low, high)
+    few = dice.normal(0.3, 1.0, 100)
+    spread = 1.96 * (differences.var() / 400 + few.var() / 100) ** 0.5 / 2
+    centre = (differences.mean() + few.mean()) / 2
+    assert bootstrap([differences, few]) == pytest.approx((centre - spread, centre + spread), abs=0.01)
 
 
 def test_robustness_shows_every_model_the_same_pixels_and_keeps_finished_cells(monkeypatch):
@@ -311,10 +400,117 @@ def test_robustness_from_the_command_line_goes_on_where_it_stopped(tmp_path, mon
     main(Args(**args, severities=(5, 3)))
     assert calls[5:] == [("fog", 3), ("contrast", 3)], "other severities are added to what is there"
     assert (tmp_path / "r.png").stat().st_size > 10_000
-    with pytest.raises(SystemExit, match="--limit was 3 there and is 4 now"):
+    with pytest.raises(SystemExit, match=r"holds figures of 3 examples, there are 4 now \(--data, --limit\)"):
         main(Args(**args | {"limit": 4}))
+    with pytest.raises(SystemExit, match="--max-completion-length was 6 there and is 7 now"):
+        main(Args(**args | {"max_completion_length": 7}))
     (tmp_path / "r.json").write_text("[]")
     with pytest.raises(SystemExit, match="holds something else"):
+        main(Args(**args))
+
+
+def test_a_file_keeps_what_it_holds(tmp_path, capsys):
+    """Other models, then an evaluation without corruptions: cells, figures and summary of before stay."""
+    other, out = str(tmp_path / "other"), tmp_path / "r.json"
+    shutil.copytree(TINY, other)
+    args = dict(limit=3, max_completion_length=6, out=str(out))
+    main(Args(**args, corruptions=("fog",), severities=(5,)))
+    first = json.loads(out.read_text())
+    assert first["summary"]["tiny"]["unseen"]["drop_ci"] and first["args"]["limit"] == 3
+    capsys.readouterr()
+    main(Args(**args, model=(other,), corruptions=("fog",), severities=(5,)))
+    second = json.loads(out.read_text())
+    assert "tiny " not in capsys.readouterr().out, "only the models asked for are printed"
+    assert list(second["models"]) == ["tiny", other] and list(second["summary"]) == [other]
+    assert second["models"]["tiny"] == first["models"]["tiny"]
+    for _ in range(2):  # again and again
+        results = main(Args(**args, model=(other,)))
+        third = json.loads(out.read_text())
+        assert third["models"]["tiny"] == first["models"]["tiny"] and third["summary"] == second["summary"]
+        assert third["models"][other]["cells"] == second["models"][other]["cells"]
+        assert third["models"][other]["rows"] == results[other]["rows"]
+
+
+def test_finished_cells_are_shown_without_a_model(tmp_path, monkeypatch):
+    args = Args(limit=3, max_completion_length=6, corruptions=("fog",), severities=(5,), out=str(tmp_path / "r.json"))
+    summary = main(args)
+    monkeypatch.setattr(common.evaluate, "load_policy", lambda *args, **kwargs: pytest.fail("nothing is to do"))
+    assert main(args) == summary
+
+
+@pytest.mark.parametrize("corruptions", [None, ("fog",)])
+@pytest.mark.parametrize("text", ["", "[]", '{"accuracy": 1}', '{"args": [], "models": {}}'])
+def test_a_file_of_something_else_is_never_overwritten(text, corruptions, tmp_path):
+    (tmp_path / "kept.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"kept.json: holds something else; name another file"):
+        main(Args(limit=1, corruptions=corruptions, out=str(tmp_path / "kept.json")))
+    assert (tmp_path / "kept.json").read_text() == text
+
+
+@pytest.mark.parametrize("corruptions", [None, ("fog",)])
+def test_figures_of_other_weights_are_not_taken_for_a_models_own(corruptions, tmp_path):
+    """A folder retrained in place has the same name and even the same size."""
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    args = Args(
+        model=(str(model),), limit=2, max_completion_length=6, corruptions=corruptions, out=str(tmp_path / "r.json")
+    )
+    main(args)
+    main(args)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    before = (tmp_path / "r.json").read_text()
+    with pytest.raises(
+        SystemExit, match=r"r.json: holds figures of other weights of .*/model \(.*/model\); name another"
+    ):
+        main(args)
+    assert (tmp_path / "r.json").read_text() == before
+
+
+def test_the_mark_of_weights(tmp_path):
+    (tmp_path / "complete").write_text('{"model.safetensors": "aa"}')
+    before = mark(str(tmp_path))
+    (tmp_path / "model.safetensors").write_text("touched, with the same checksum")
+    assert mark(str(tmp_path)) == before, "a run's checkpoint may be copied"
+    (tmp_path / "complete").write_text('{"model.safetensors": "bb"}')
+    assert mark(str(tmp_path)) != before
+    (tmp_path / "complete").unlink()
+    assert mark(str(tmp_path))["weights"].startswith("model.safetensors 31 ")
+    assert mark("owner/name") == {"checkpoint": "owner/name", "weights": ""} and len(mark("tiny")["weights"]) == 64
+
+
+@pytest.mark.parametrize("corruptions", [None, ("fog",)])
+def test_a_data_file_that_has_grown_is_one_line(corruptions, tmp_path):
+    picture(48, 32, 0).save(tmp_path / "a.png")
+    line = json.dumps({"image": "a.png", "question": "How many?", "answer": "1"}) + "\n"
+    args = Args(
+        data=str(tmp_path / "test.jsonl"),
+        max_completion_length=4,
+        corruptions=corruptions,
+        out=str(tmp_path / "r.json"),
+    )
+    (tmp_path / "test.jsonl").write_text(2 * line)
+    main(args)
+    (tmp_path / "test.jsonl").write_text(3 * line)
+    with pytest.raises(SystemExit, match=r"r.json: holds figures of 2 examples, there are 3 now \(--data, --limit\)"):
+        main(args)
+
+
+def test_a_limit_that_changes_nothing_and_an_older_file_are_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setitem(PUZZLE_COUNT, "test", 3)
+    out = tmp_path / "r.json"
+    args = dict(max_completion_length=6, corruptions=("fog",), severities=(5,), out=str(out))
+    summary = main(Args(**args))
+    older = json.loads(out.read_text())
+    older["args"]["limit"] = None
+    del older["models"]["tiny"]["weights"], older["summary"]
+    monkeypatch.setattr(common.evaluate, "load_policy", lambda *args, **kwargs: pytest.fail("nothing is to do"))
+    assert main(Args(**args, limit=3)) == summary
+    out.write_text(json.dumps(older))
+    assert main(Args(**args)) == main(Args(**args, limit=500)) == summary
+    older["models"]["tiny"]["checkpoint"] = "elsewhere"
+    out.write_text(json.dumps(older))
+    with pytest.raises(SystemExit, match=r"holds figures of other weights of tiny \(elsewhere\)"):
         main(Args(**args))
 
 
