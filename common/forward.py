@@ -40,7 +40,7 @@ class Scores:
 class Prefix:
     """A forwarded prompt: what its completions need of it."""
 
-    keys: list[torch.Tensor]  # a layer: [N, key heads, P, D], rotated
+    keys: list[torch.Tensor]  # a layer: [N, key heads, P, D], rotated, in the values' precision
     values: list[torch.Tensor]  # a layer: [N, key heads, P, D]
     states: torch.Tensor  # [N, P, H] last hidden states
     attention_mask: torch.Tensor  # [N, P] bool
@@ -174,21 +174,23 @@ def forward_completions(
 
     hidden = embeds
     for level, layer in enumerate(text.layers):
-        past = (spread(prefix.keys[level]), spread(prefix.values[level]))
-        hidden, _, _ = run_layer(layer, hidden, mask, rotary, past, recompute)
+        past = prefix.keys[level], prefix.values[level]
+        hidden, _, _ = run_layer(layer, hidden, mask, rotary, past, recompute, spread)
     return rms_norm(hidden, text.norm)
 
 
-def run_layer(layer, hidden, mask, rotary, past, recompute: bool):
-    """One decoder layer: its output, new keys and new values; `past` holds the keys and values to put in front."""
+def run_layer(layer, hidden, mask, rotary, past, recompute: bool, spread=None):
+    """One decoder layer: its output, new keys and new values; `past` holds the prompts' keys and values, which `spread`
+    makes rows of, inside of what is recomputed: what is kept are those of N prompts, not a copy for each row."""
 
     def step(hidden, *past):
         new = []
 
         def attend(q, k, v):
+            k = k.to(v.dtype)  # under autocast rotated keys come in float32, but attention computes in v's precision
             new.extend((k, v))
             if past:
-                k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+                k, v = (torch.cat([spread(old), own], dim=2) for old, own in zip(past, (k, v), strict=True))
             return attention(q, k, v, mask, layer.self_attn.scaling)
 
         return decoder_layer(layer, hidden, rotary, attend), *new

@@ -52,7 +52,7 @@ def attention(
             scores = scores + torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
         weights = scores.softmax(-1).view(batch, k.shape[1], -1, k.shape[2])
         return (weights @ v).view(batch, heads, tokens, size)
-    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast rotated queries and keys come in float32
+    q = q.to(v.dtype)  # under autocast rotated queries come in float32
     if mask is not None:  # of the kernels that need no memory for the scores, none takes both a mask and fewer keys
         k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=mask is None)
