@@ -1,8 +1,12 @@
 """What is held in memory, and for how long: traced on small models on the CPU, where it is the same as on a GPU."""
 
+from weakref import ref
+
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.forward import forward_completions, forward_prompts
+from common.rollout import Decoder, sample
 from tests.small_models import small_policy, small_prompts
 
 GROUP, TOKENS = 8, 7
@@ -40,3 +44,56 @@ def test_scoring_keeps_the_prompts_keys_and_values_once_a_group(monkeypatch):
     once = prefix.keys[0].numel()
     assert [x.numel() for x in kept].count(once) == 2 * len(prefix.keys), "keys and values of each layer"
     assert max(x.numel() for x in kept) < GROUP * once, [tuple(x.shape) for x in kept]
+
+
+class AliveAtEach(TorchDispatchMode):
+    """How many of some tensors are still held each time that `operation` begins."""
+
+    def __init__(self, operation, tensors):
+        super().__init__()
+        self.operation, self.refs, self.counts = operation, [ref(x) for x in tensors], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is self.operation:
+            self.counts.append(sum(x() is not None for x in self.refs))
+        return function(*args, **(kwargs or {}))
+
+
+def test_sampling_takes_the_prompts_keys_and_values_over_layer_by_layer():
+    policy = small_policy()
+    prompts, _, _ = small_prompts(policy)
+    with torch.inference_mode():
+        prefix = forward_prompts(policy.base, prompts)
+        layers = len(prefix.keys)
+        with AliveAtEach(torch.ops.aten.zeros.default, prefix.keys + prefix.values) as held:
+            Decoder(policy.base, prefix, GROUP, TOKENS)
+    assert held.counts[:layers] == [0] * layers, "nothing of the prefix is left when room for completions is made"
+
+
+def test_sampling_holds_nothing_of_the_prefix_while_it_decodes(monkeypatch):
+    policy = small_policy()
+    prompts, _, _ = small_prompts(policy)
+    refs, step = [], Decoder.step
+
+    def forward_and_watch(*args):
+        prefix = forward_prompts(*args)
+        refs.extend(map(ref, [prefix, prefix.states]))
+        return prefix
+
+    def step_without_prefix(self, tokens):
+        assert len(refs) == 2 and not any(x() is not None for x in refs)
+        return step(self, tokens)
+
+    monkeypatch.setattr("common.rollout.forward_prompts", forward_and_watch)
+    monkeypatch.setattr("common.rollout.Decoder.step", step_without_prefix)
+    sample(policy, prompts, 1, TOKENS, None, temperature=0)
+
+
+def test_rows_that_ended_are_dropped_layer_by_layer():
+    policy = small_policy()
+    prompts, _, _ = small_prompts(policy)
+    with torch.inference_mode():
+        decoder = Decoder(policy.base, forward_prompts(policy.base, prompts), GROUP, TOKENS)
+        with AliveAtEach(torch.ops.aten.index.Tensor, decoder.caches + decoder.prompts) as held:
+            decoder.keep(torch.tensor([0, 1, GROUP]))  # the third prompt has no row left
+    assert set(held.counts) == set(range(7)), "each tensor is gone when the next one's rows are copied"
