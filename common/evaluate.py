@@ -26,7 +26,7 @@ from common.forward import Scorer
 from common.model import Policy, encode_prompts, load_policy, replace_images
 from common.rewards import score
 from common.rollout import decode, sample, uniform_numbers
-from common.run import write
+from common.run import memory_advice, write
 from common.sets import SOURCES, special_scores
 
 
@@ -404,6 +404,7 @@ def check(args: Args) -> None:
         raise SystemExit(f"--severities {' '.join(map(str, args.severities))}: each must be one of 1 to 5")
 
 
+@memory_advice("--batch-prompts, --samples, --max-completion-length or --max-pixels")
 def main(args: Args) -> dict[str, dict]:
     check(args)
     return benchmarks(args) if args.benchmark else evaluate_on(args)

@@ -2,11 +2,14 @@
 
 from weakref import ref
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common import evaluate
 from common.forward import forward_completions, forward_prompts
 from common.rollout import Decoder, sample
+from common.run import memory_advice
 from tests.small_models import small_policy, small_prompts
 
 GROUP, TOKENS = 8, 7
@@ -97,3 +100,32 @@ def test_rows_that_ended_are_dropped_layer_by_layer():
         with AliveAtEach(torch.ops.aten.index.Tensor, decoder.caches + decoder.prompts) as held:
             decoder.keep(torch.tensor([0, 1, GROUP]))  # the third prompt has no row left
     assert set(held.counts) == set(range(7)), "each tensor is gone when the next one's rows are copied"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        MemoryError("Unable to allocate 2.00 GiB for an array"),
+        MemoryError(),
+    ],
+)
+def test_every_form_of_running_out_of_memory_ends_in_one_line(error, monkeypatch):
+    @memory_advice()
+    def train():
+        raise error
+
+    def load_examples(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(evaluate, "load_examples", load_examples)
+    advice = "out of memory: lower --micro-batch-tokens .*--max-completion-length or --group-size"
+    with pytest.raises(SystemExit, match=advice) as of_training:
+        train()
+    with pytest.raises(SystemExit, match="out of memory: lower --batch-prompts") as of_evaluation:
+        evaluate.main(evaluate.Args())
+    for line in map(str, (of_training.value, of_evaluation.value)):
+        assert "\n" not in line and not line.endswith("()")
