@@ -90,7 +90,7 @@ def rms_norm(x: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
         return torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.variance_epsilon)
     if torch.is_grad_enabled():
         return RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
-    return normalize(x, norm.variance_epsilon) * norm.weight
+    return (normalize(x, norm.variance_epsilon) * norm.weight).to(x.dtype)
 
 
 def normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -118,12 +118,12 @@ class RMSNorm(torch.autograd.Function):
         scale = inverse_rms(x, eps)
         normed = x * scale
         ctx.save_for_backward(normed, scale, weight)
-        return normed * weight
+        return (normed * weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         normed, scale, weight = ctx.saved_tensors
-        product = grad * normed
+        product, weight = grad * normed, weight.to(normed.dtype)  # float32 where a frozen model is bfloat16
         mean = (product @ weight)[..., None] / normed.shape[-1]
         grad_x = torch.addcmul(grad * weight, normed, mean, value=-1).mul_(scale)
         return grad_x, product.flatten(0, -2).sum(0), None

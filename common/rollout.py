@@ -148,6 +148,8 @@ class Decoder:
     dropped.
     """
 
+    may_record = True  # until a recording fails: then no decoder of this process tries again
+
     def __init__(self, model: torch.nn.Module, prefix: Prefix, group_size: int, max_new_tokens: int):
         self.text = model.model.language_model
         attentions, mlps = zip(*((layer.self_attn, layer.mlp) for layer in self.text.layers), strict=True)
@@ -182,7 +184,7 @@ class Decoder:
         self.weights = torch.stack([head_weights(a) for a in attentions])  # [layers, query and key heads, D]
         # Rotating rolls the heads by half, and their weights with them.
         self.rolled_weights = self.weights.roll(size // 2, -1)
-        self.graph, self.recording = None, can_record(prefix.states.device)
+        self.graph, self.recording = None, Decoder.may_record and can_record(prefix.states.device)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Feed one token a row [A]; returns the hidden states [A, H] that predict the next, good until it is fed."""
@@ -191,7 +193,7 @@ class Decoder:
             try:
                 self.record(tokens, span)
             except RuntimeError as error:  # slower, but the same
-                self.recording, self.graph = False, None
+                self.recording, self.graph, Decoder.may_record = False, None, False
                 warnings.warn(
                     f"sampling goes on without CUDA graphs: {' '.join(str(error).split())[:200]}", stacklevel=2
                 )
@@ -210,10 +212,13 @@ class Decoder:
         """Record `forward` as a CUDA graph over the first `span` places of the cache."""
         self.graph, self.span, self.tokens = None, span, tokens.clone()
         self.forward(self.tokens, span)  # loads kernels; running it again writes the same at the same place
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: the thread that prepares the next images may go on meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.hidden = self.forward(self.tokens, span)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # thread_local: the thread that prepares the next images may go on meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.hidden = self.forward(self.tokens, span)
+        finally:
+            torch.cuda.set_stream(stream)  # a recording that fails leaves the thread on its own stream
         self.graph = graph
 
     def forward(self, tokens: torch.Tensor, span: int) -> torch.Tensor:

@@ -316,8 +316,8 @@ class Run:
 # How running out of memory reads: as torch, the CUDA runtime or its libraries, and the CPU's allocator put it.
 OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory")
 TRAINING_ADVICE = (
-    "--micro-batch-tokens (scoring and update), --max-completion-length or --group-size (everything), "
-    "--prompts-per-step (sampling) or --max-pixels (images), or train with --lora-rank"
+    "--micro-batch-tokens (scoring and update), --prompts-per-step (sampling), --max-completion-length or --group-size "
+    "(all of it) or --max-pixels (images), or train with --lora-rank"
 )
 
 
