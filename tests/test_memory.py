@@ -1,16 +1,17 @@
 """What is held in memory, and for how long: traced on small models on the CPU, where it is the same as on a GPU."""
 
-from weakref import ref
+from weakref import finalize, ref
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from common import evaluate
-from common.forward import forward_completions, forward_prompts
+from common.forward import Scorer, forward_completions, forward_prompts
 from common.rollout import Decoder, sample
 from common.run import memory_advice
-from tests.small_models import small_policy, small_prompts
+from tests.small_models import FAMILIES, small_policy, small_prompts
 
 GROUP, TOKENS = 8, 7
 
@@ -47,6 +48,65 @@ def test_scoring_keeps_the_prompts_keys_and_values_once_a_group(monkeypatch):
     once = prefix.keys[0].numel()
     assert [x.numel() for x in kept].count(once) == 2 * len(prefix.keys), "keys and values of each layer"
     assert max(x.numel() for x in kept) < GROUP * once, [tuple(x.shape) for x in kept]
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes that results of operations hold at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.now, self.most = set(), 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.held:  # a view has another's
+                self.held.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                finalize(storage, self.free, storage._cdata, storage.nbytes())
+        return result
+
+    def free(self, key, nbytes):
+        self.held.remove(key)
+        self.now -= nbytes
+
+
+def score_and_go_back(policy, group: int, slice_tokens: int, tokens: int = 48):
+    """Scores of random completions, a gradient through all of them, and the most bytes that these took."""
+    prompts, _, _ = small_prompts(policy)
+    ids, mask = random_completions(len(prompts) * group, tokens)
+    weights = torch.randn(ids.shape, generator=torch.Generator().manual_seed(1))
+    scorer = Scorer(policy, gradient_checkpointing=True, slice_tokens=slice_tokens)
+    policy.model.zero_grad()
+    with PeakBytes() as memory:
+        scores = scorer(prompts, ids, mask)
+        ((scores.logprobs * weights).sum() + scores.hidden.mean() + scores.states.square().mean()).backward()
+    return scores, {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}, memory.most
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_slices_of_rows_change_neither_scores_nor_gradients(family):
+    policy = small_policy(family)
+    policy.model.double()  # a tolerance of 1e-6 is then far from rounding
+    whole, gradients, _ = score_and_go_back(policy, group=4, slice_tokens=10**6)
+    sliced, sliced_gradients, _ = score_and_go_back(
+        policy, group=4, slice_tokens=5 * 48
+    )  # 5, 5 and 2 rows of 3 prompts
+    for name in ("logprobs", "entropy", "hidden", "states"):
+        torch.testing.assert_close(getattr(sliced, name), getattr(whole, name), atol=1e-6, rtol=1e-6)
+    assert gradients.keys() == sliced_gradients.keys() and any("visual" in name for name in gradients)
+    for name in gradients:
+        torch.testing.assert_close(sliced_gradients[name], gradients[name], atol=1e-6, rtol=1e-6, msg=name)
+
+
+def test_with_slices_a_larger_group_needs_hardly_more_memory():
+    policy = small_policy()
+    small, large = (score_and_go_back(policy, group, slice_tokens=10**6)[2] for group in (4, 8))
+    small_sliced, large_sliced = (score_and_go_back(policy, group, slice_tokens=2 * 48)[2] for group in (4, 8))
+    assert small_sliced < small / 2
+    assert large_sliced - small_sliced < (large - small) / 5, "its scores, but not its activations"
 
 
 class AliveAtEach(TorchDispatchMode):
