@@ -195,7 +195,7 @@ def test_every_form_of_running_out_of_memory_ends_in_one_line(error, monkeypatch
 def test_the_computed_table_counts_evaluation_and_a_prompt_once_a_group():
     options = Options(prompts=1, completion=1, image_tokens=4000)
     one_row, many_rows = (sampling("4B", 1, rows, options) for rows in (1, 64))
-    assert many_rows == one_row, "hundreds of rows more are less than the forward of their prompt"
+    assert many_rows == one_row, "a short completion takes less than the forward of its prompt, however large the group"
     assert sampling("4B", 64, 64, options) > 20 * many_rows, "an evaluation's 64 prompts are 64 forwards"
     small, large = (update("4B", True, Options(group_size=size, completion=2048)) for size in (8, 64))
     assert large < 2 * small, "a group of 131,072 tokens in slices of the micro-batch's 16,384"
