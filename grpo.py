@@ -259,7 +259,7 @@ def main(args: Args) -> dict:
     check_tokenizer(args.reward, policy.tokenizer)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    scorer = Scorer(policy, gradient_checkpointing=device.type == "cuda")
+    scorer = Scorer(policy, gradient_checkpointing=device.type == "cuda", slice_tokens=args.micro_batch_tokens)
     ddp_scorer = accelerator.prepare(scorer) if processes > 1 else scorer
     reference = None
     if args.kl_coef and not args.lora_rank:
@@ -273,6 +273,7 @@ def main(args: Args) -> dict:
             examples,
             template=args.prompt_template,
             max_new_tokens=args.max_completion_length,
+            batch_prompts=max(1, min(64, args.micro_batch_tokens // args.max_completion_length)),
             seed=args.seed,
             accelerator=accelerator,
         )

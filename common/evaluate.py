@@ -27,7 +27,7 @@ from common.forward import Scorer
 from common.model import TINY, Policy, encode_prompts, load_policy, replace_images
 from common.rewards import score
 from common.rollout import decode, sample, uniform_numbers
-from common.run import checksum, write
+from common.run import checksum, memory_advice, write
 from common.sets import SOURCES, special_scores
 
 
@@ -432,6 +432,7 @@ def check(args: Args) -> None:
         raise SystemExit(f"--severities {' '.join(map(str, args.severities))}: of what? Pass --corruptions with it")
 
 
+@memory_advice("--batch-prompts, --samples, --max-completion-length or --max-pixels")
 def main(args: Args) -> dict[str, dict]:
     check(args)
     return benchmarks(args) if args.benchmark else evaluate_on(args)[0]

@@ -40,7 +40,7 @@ class Scores:
 class Prefix:
     """A forwarded prompt: what its completions need of it."""
 
-    keys: list[torch.Tensor]  # a layer: [N, key heads, P, D], rotated
+    keys: list[torch.Tensor]  # a layer: [N, key heads, P, D], rotated, in the values' precision
     values: list[torch.Tensor]  # a layer: [N, key heads, P, D]
     states: torch.Tensor  # [N, P, H] last hidden states
     attention_mask: torch.Tensor  # [N, P] bool
@@ -50,11 +50,15 @@ class Prefix:
 class Scorer(torch.nn.Module):
     """The scoring forward as a module, so that accelerate can wrap it for several processes."""
 
-    def __init__(self, policy: Policy, gradient_checkpointing: bool = False):
+    def __init__(self, policy: Policy, gradient_checkpointing: bool = False, slice_tokens: int = 16384):
+        """`gradient_checkpointing` drops activations and computes them again in the backward pass. Completions of more
+        than `slice_tokens` tokens, padding counted, then run in slices of rows, no two of which are held together: a
+        group that is larger than a micro-batch needs no more memory than one, for one more forward."""
         super().__init__()
         self.model = policy.model
         self.policy = policy
         self.gradient_checkpointing = gradient_checkpointing
+        self.slice_tokens = slice_tokens
         if gradient_checkpointing:  # the vision tower has no cache, so transformers' own does for it
             policy.base.model.visual.gradient_checkpointing_enable({"use_reentrant": False})
             policy.model.train()
@@ -87,20 +91,39 @@ class Scorer(torch.nn.Module):
             spread = partial(torch.index_select, dim=0, index=place)
         with policy.autocast():
             prefix = forward_prompts(model, prompts, self.gradient_checkpointing)
-            states = forward_completions(model, prefix, spread, completion_ids, self.gradient_checkpointing)
-            last = spread(prefix.states[:, -1:])  # [R, 1, H]
-            hidden = torch.cat([last, states[:, :-1]], dim=1)  # [R, T, H]
-            logprobs, entropy = token_logprobs(
-                hidden,
-                model.get_output_embeddings().weight,
-                completion_ids,
-                completion_mask,
-                policy.banned,
-                temperature,
-            )
+            size = max(1, self.slice_tokens // completion_ids.shape[1])
+            if self.gradient_checkpointing and len(place) > size:
+                score = partial(checkpoint, self.score_rows, prefix, use_reentrant=False)
+                slices = zip(*(x.split(size) for x in (place, completion_ids, completion_mask)), strict=True)
+                parts = [score(partial(torch.index_select, dim=0, index=i), *rest, temperature) for i, *rest in slices]
+                logprobs, entropy, hidden, states = (torch.cat(part) for part in zip(*parts, strict=True))
+            else:
+                logprobs, entropy, hidden, states = self.score_rows(
+                    prefix, spread, completion_ids, completion_mask, temperature
+                )
         if several:
             logprobs, entropy, hidden, states = (x[copy_of] for x in (logprobs, entropy, hidden, states))
         return Scores(logprobs, entropy, hidden, states, prefix.states)
+
+    def score_rows(
+        self,
+        prefix: Prefix,
+        spread: Callable[[torch.Tensor], torch.Tensor],
+        completion_ids: torch.Tensor,
+        completion_mask: torch.Tensor,
+        temperature: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities, entropies, hidden and own states, as in `Scores`, of completions [R, T] behind forwarded
+        prompts; `spread` makes rows [R, ...] out of prompts [N, ...]."""
+        model = self.policy.base
+        states = forward_completions(model, prefix, spread, completion_ids, self.gradient_checkpointing)
+        last = spread(prefix.states[:, -1:])  # [R, 1, H]
+        hidden = torch.cat([last, states[:, :-1]], dim=1)  # [R, T, H]
+        head = model.get_output_embeddings().weight
+        logprobs, entropy = token_logprobs(
+            hidden, head, completion_ids, completion_mask, self.policy.banned, temperature
+        )
+        return logprobs, entropy, hidden, states
 
 
 def distinct_rows(
@@ -176,21 +199,23 @@ def forward_completions(
 
     hidden = embeds
     for level, layer in enumerate(text.layers):
-        past = (spread(prefix.keys[level]), spread(prefix.values[level]))
-        hidden, _, _ = run_layer(layer, hidden, mask, rotary, past, recompute)
+        past = prefix.keys[level], prefix.values[level]
+        hidden, _, _ = run_layer(layer, hidden, mask, rotary, past, recompute, spread)
     return rms_norm(hidden, text.norm)
 
 
-def run_layer(layer, hidden, mask, rotary, past, recompute: bool):
-    """One decoder layer: its output, new keys and new values; `past` holds the keys and values to put in front."""
+def run_layer(layer, hidden, mask, rotary, past, recompute: bool, spread=None):
+    """One decoder layer: its output, new keys and new values; `past` holds the prompts' keys and values, which `spread`
+    makes rows of, inside of what is recomputed: what is kept are those of N prompts, not a copy for each row."""
 
     def step(hidden, *past):
         new = []
 
         def attend(q, k, v):
+            k = k.to(v.dtype)  # under autocast rotated keys come in float32, but attention computes in v's precision
             new.extend((k, v))
             if past:
-                k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+                k, v = (torch.cat([spread(old), own], dim=2) for old, own in zip(past, (k, v), strict=True))
             return attention(q, k, v, mask, layer.self_attn.scaling)
 
         return decoder_layer(layer, hidden, rotary, attend), *new
@@ -243,7 +268,8 @@ def micro_batches(
     """Cut prompts into micro-batches of at most `budget` tokens, padding counted, longest completions first.
 
     Prompts of similar length stand together, and a prompt's rows are never parted, since they share its forward.
-    Yields lists of prompt indices into `completion_mask` [N * G, T]; a single prompt above the budget goes alone.
+    Yields lists of prompt indices into `completion_mask` [N * G, T]; a single prompt above the budget goes alone
+    (and `Scorer` cuts its rows into slices).
     """
     longest = completion_mask.sum(1).view(-1, group_size).amax(1).tolist()  # [N]
     batch, width = [], 0

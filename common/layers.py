@@ -52,7 +52,7 @@ def attention(
             scores = scores + torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
         weights = scores.softmax(-1).view(batch, k.shape[1], -1, k.shape[2])
         return (weights @ v).view(batch, heads, tokens, size)
-    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast rotated queries and keys come in float32
+    q = q.to(v.dtype)  # under autocast rotated queries come in float32
     if mask is not None:  # of the kernels that need no memory for the scores, none takes both a mask and fewer keys
         k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=mask is None)
@@ -90,7 +90,7 @@ def rms_norm(x: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
         return torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.variance_epsilon)
     if torch.is_grad_enabled():
         return RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
-    return normalize(x, norm.variance_epsilon) * norm.weight
+    return (normalize(x, norm.variance_epsilon) * norm.weight).to(x.dtype)
 
 
 def normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -118,12 +118,12 @@ class RMSNorm(torch.autograd.Function):
         scale = inverse_rms(x, eps)
         normed = x * scale
         ctx.save_for_backward(normed, scale, weight)
-        return normed * weight
+        return (normed * weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         normed, scale, weight = ctx.saved_tensors
-        product = grad * normed
+        product, weight = grad * normed, weight.to(normed.dtype)  # float32 where a frozen model is bfloat16
         mean = (product @ weight)[..., None] / normed.shape[-1]
         grad_x = torch.addcmul(grad * weight, normed, mean, value=-1).mul_(scale)
         return grad_x, product.flatten(0, -2).sum(0), None

@@ -73,6 +73,7 @@ def sample(
         decoder = Decoder(model, prefix, group_size, max_new_tokens)
         active = torch.arange(rows, device=device)  # [A] the rows still decoded
         hidden = prefix.states[:, -1].repeat_interleave(group_size, dim=0)  # [A, H]
+        del prefix  # all that is still needed of it has been copied
         for t in range(max_new_tokens):
             logits = decoder.head(hidden).float()  # [A, V]
             draw = None if uniforms is None else uniforms[active, t]  # [A]
@@ -141,10 +142,13 @@ class Decoder:
     operations' number costs as much as their arithmetic: queries, keys and values come from one matrix product, gate
     and up from another; the norms' weights and the scale of the scores are multiplied into the rotary factors.
 
-    The keys and values of a prompt are kept once and read once for all its rows, whose queries stand side by side; a
-    row has only those of its own tokens. On CUDA a step is recorded once as a graph and replayed, with no Python
-    between its kernels, for as long as the shapes stay: for `GRAPH_TOKENS` tokens, or until rows are dropped.
+    The keys and values of a prompt are taken out of the prefix, kept once and read once for all its rows, whose queries
+    stand side by side; a row has only those of its own tokens. On CUDA a step is recorded once as a graph and replayed,
+    with no Python between its kernels, for as long as the shapes stay: for `GRAPH_TOKENS` tokens, or until rows are
+    dropped.
     """
+
+    may_record = True  # until a recording fails: then no decoder of this process tries again
 
     def __init__(self, model: torch.nn.Module, prefix: Prefix, group_size: int, max_new_tokens: int):
         self.text = model.model.language_model
@@ -154,15 +158,17 @@ class Decoder:
         self.gate_up = [fused(m.gate_proj, m.up_proj) for m in mlps]
         self.down = [fused(m.down_proj) for m in mlps]
         self.head = fused(model.get_output_embeddings())
-        # Under autocast keys may come in float32, but attention computes in the values' precision.
         # Heads stand in front of rows, so that a prompt's rows lie side by side and are a matrix without a copy.
         prompts, heads, _, size = prefix.values[0].shape
-        pairs = zip(prefix.keys, prefix.values, strict=True)
-        self.prompts = [torch.stack([k.to(v.dtype), v]).transpose(1, 2).contiguous() for k, v in pairs]
+        dtype = prefix.values[0].dtype
+        self.prompts = []
+        while prefix.keys:  # out of the prefix, a layer at a time, so that they are not held twice
+            pair = torch.stack([prefix.keys.pop(0), prefix.values.pop(0)])
+            self.prompts.append(pair.transpose(1, 2).contiguous())
         shape = (2, heads, prompts * group_size, max_new_tokens, size)
         # A layer: keys and values, [2, key heads, N, P, D] above and [2, key heads, A, T, D] here, zeros at first, for
         # what is not written yet has weight 0, and 0 times it must be 0.
-        self.caches = [values.new_zeros(shape) for values in prefix.values]
+        self.caches = [torch.zeros(shape, dtype=dtype, device=prefix.states.device) for _ in self.prompts]
         self.prompt_bias = None
         if not bool(prefix.attention_mask.all()):
             bias = torch.zeros(prefix.attention_mask.shape, device=prefix.attention_mask.device)
@@ -178,7 +184,7 @@ class Decoder:
         self.weights = torch.stack([head_weights(a) for a in attentions])  # [layers, query and key heads, D]
         # Rotating rolls the heads by half, and their weights with them.
         self.rolled_weights = self.weights.roll(size // 2, -1)
-        self.graph, self.recording = None, can_record(prefix.states.device)
+        self.graph, self.recording = None, Decoder.may_record and can_record(prefix.states.device)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Feed one token a row [A]; returns the hidden states [A, H] that predict the next, good until it is fed."""
@@ -187,7 +193,7 @@ class Decoder:
             try:
                 self.record(tokens, span)
             except RuntimeError as error:  # slower, but the same
-                self.recording, self.graph = False, None
+                self.recording, self.graph, Decoder.may_record = False, None, False
                 warnings.warn(
                     f"sampling goes on without CUDA graphs: {' '.join(str(error).split())[:200]}", stacklevel=2
                 )
@@ -206,10 +212,13 @@ class Decoder:
         """Record `forward` as a CUDA graph over the first `span` places of the cache."""
         self.graph, self.span, self.tokens = None, span, tokens.clone()
         self.forward(self.tokens, span)  # loads kernels; running it again writes the same at the same place
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: the thread that prepares the next images may go on meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.hidden = self.forward(self.tokens, span)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # thread_local: the thread that prepares the next images may go on meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.hidden = self.forward(self.tokens, span)
+        finally:
+            torch.cuda.set_stream(stream)  # a recording that fails leaves the thread on its own stream
         self.graph = graph
 
     def forward(self, tokens: torch.Tensor, span: int) -> torch.Tensor:
@@ -268,11 +277,14 @@ class Decoder:
 
     def keep(self, rows: torch.Tensor) -> None:
         """Keep only `rows` [A'], ascending, of the rows in flight, and of the prompts those that have one."""
-        self.caches = [cache[:, :, rows] for cache in self.caches]
+        self.graph = None
+        for number in range(len(self.caches)):  # one by one, so that no more than one layer is held twice
+            self.caches[number] = self.caches[number][:, :, rows]
         self.positions = self.positions[rows]
         left, self.prompt_of_row = self.prompt_of_row[rows].unique(return_inverse=True)
         if len(left) < self.prompts[0].shape[2]:
-            self.prompts = [both[:, :, left] for both in self.prompts]
+            for number in range(len(self.prompts)):
+                self.prompts[number] = self.prompts[number][:, :, left]
             self.prompt_bias = None if self.prompt_bias is None else self.prompt_bias[left]
         counts = self.prompt_of_row.bincount()  # [N]
         self.slots = int(counts.max())
@@ -281,7 +293,6 @@ class Decoder:
         self.slot_of_row = self.prompt_of_row * self.slots + row - before[self.prompt_of_row]  # [A]
         # A slot without a row repeats row 0; nobody reads what comes of it.
         self.row_of_slot = row.new_zeros(len(left) * self.slots).scatter(0, self.slot_of_row, row)
-        self.graph = None
 
 
 def can_record(device: torch.device) -> bool:

@@ -350,19 +350,24 @@ def check_accelerate(accelerator: Accelerator) -> None:
         )
 
 
+# How running out of memory reads: as torch, the CUDA runtime or its libraries, and the CPU's allocator put it.
+OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory")
+TRAINING_ADVICE = (
+    "--micro-batch-tokens (scoring and update), --prompts-per-step (sampling), --max-completion-length or --group-size "
+    "(all of it) or --max-pixels (images), or train with --lora-rank"
+)
+
+
 @contextlib.contextmanager
-def memory_advice() -> Iterator[None]:
+def memory_advice(advice: str = TRAINING_ADVICE) -> Iterator[None]:
     """Out of memory ends in one line that names what to lower; saved checkpoints stay. Also a decorator."""
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except (RuntimeError, MemoryError) as error:
         text = " ".join(str(error).split())
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in text:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(x in text for x in OUT_OF_MEMORY):
             raise
-        raise SystemExit(
-            f"out of memory: lower --micro-batch-tokens (scoring and update), --max-pixels (images), --group-size, "
-            f"--prompts-per-step or --max-completion-length (sampling), or train with --lora-rank ({text[:160]})"
-        ) from None
+        raise SystemExit(f"out of memory: lower {advice} ({text[:160] or type(error).__name__})") from None
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], object]) -> object:

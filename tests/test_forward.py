@@ -9,7 +9,7 @@ from common.forward import Scorer, distinct_rows, micro_batches, token_logprobs
 from common.layers import RMSNorm, attention
 from common.model import encode_prompts, load_policy, replace_images
 from common.rollout import sample, uniform_numbers
-from tests.small_models import FAMILIES, picture, small_policy, small_prompts
+from tests.small_models import FAMILIES, picture, small_folder, small_policy, small_prompts
 
 GROUP = 3
 
@@ -216,20 +216,28 @@ def test_no_tensor_of_rows_times_tokens_times_vocabulary(monkeypatch):
     assert seen.most <= max(len(ids), width) * vocabulary, "sampling: one token a row"
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("lora_rank", [0, 4])
 @pytest.mark.parametrize("name", [*FAMILIES, "tiny"])
-def test_in_bfloat16_sampling_and_scoring_agree_within_a_bound(name, monkeypatch):
-    """What CUDA does, on the CPU: bfloat16 arithmetic over float32 weights. `mismatch` in a run's log is this gap."""
-    policy = load_policy("tiny") if name == "tiny" else small_policy(name)
+def test_in_bfloat16_sampling_and_scoring_agree_within_a_bound(name, lora_rank, recompute, monkeypatch):
+    """What CUDA does, on the CPU: bfloat16 arithmetic over float32 weights, and over a bfloat16 base with adapters.
+    `mismatch` in a run's log is this gap."""
+    policy = load_policy(name if name == "tiny" else small_folder(name), lora_rank=lora_rank)
+    for parameter in policy.model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
     monkeypatch.setattr(type(policy), "autocast", lambda self: torch.autocast("cpu", dtype=torch.bfloat16))
     examples = load_examples("puzzles", "test", limit=3)
     prompts = encode_prompts(policy, [build_messages(e) for e in examples], [list(e.images) for e in examples])
     rollout = sample(policy, prompts, GROUP, 48, uniform_numbers(0, 0, range(9), 48))
     mask = rollout.completion_mask
-    scores = Scorer(policy)(prompts, rollout.completion_ids, mask)
+    scores = Scorer(policy, gradient_checkpointing=recompute)(prompts, rollout.completion_ids, mask)
     gap = (scores.logprobs - rollout.old_logprobs)[mask].abs()
     assert scores.logprobs.dtype == torch.float32 and 0 < gap.mean() < 0.01, (gap.mean(), gap.max())
     scores.logprobs.sum().backward()
-    assert all(p.dtype == torch.float32 for p in policy.model.parameters()), "weights stay masters"
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    assert all(p.dtype == torch.float32 for p in trained), "weights stay masters"
+    assert all(p.grad.isfinite().all() for p in trained if p.grad is not None)
 
 
 def test_a_small_update_is_not_lost():

@@ -1,5 +1,7 @@
 """Sampling: the right distribution, the right log-probabilities, nothing inherited from a checkpoint."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -149,22 +151,41 @@ def test_what_a_cuda_graph_records_computes_the_same(family, monkeypatch):
     torch.testing.assert_close(plain.old_logprobs, recorded.old_logprobs, atol=1e-5, rtol=0)
 
 
-def test_where_a_graph_cannot_be_recorded_sampling_goes_on_and_says_so(monkeypatch):
+class FakeGraphs:
+    """What `Decoder.record` takes of `torch.cuda`. A recording fails at its end and, as torch's own does then, leaves
+    the thread on the stream that it recorded."""
+
+    def __init__(self, monkeypatch):
+        self.stream, self.recordings = "usual", 0
+        monkeypatch.setattr("common.rollout.can_record", lambda device: True)
+        monkeypatch.setattr("common.rollout.Decoder.may_record", True)
+        monkeypatch.setattr("torch.cuda.CUDAGraph", lambda: None)
+        monkeypatch.setattr("torch.cuda.graph", self.recording)
+        monkeypatch.setattr("torch.cuda.current_stream", lambda: self.stream)
+        monkeypatch.setattr("torch.cuda.set_stream", lambda stream: setattr(self, "stream", stream))
+
+    @contextmanager
+    def recording(self, graph, capture_error_mode):
+        self.recordings += 1
+        self.stream = "recorded"
+        yield
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+
+def test_where_a_graph_cannot_be_recorded_sampling_goes_on_and_says_so_once(monkeypatch):
     policy = small_policy()
     prompts, _, _ = small_prompts(policy)
     uniforms = uniform_numbers(0, 0, range(9), TOKENS)
     plain = sample(policy, prompts, GROUP, TOKENS, uniforms)
-
-    def refuse(*_):
-        raise RuntimeError("operation not permitted\nwhen stream is capturing")
-
-    monkeypatch.setattr("common.rollout.can_record", lambda device: True)
-    monkeypatch.setattr("common.rollout.Decoder.record", refuse)
+    fake = FakeGraphs(monkeypatch)
     with pytest.warns(
         UserWarning, match="without CUDA graphs: operation not permitted when stream is capturing"
     ) as told:
-        unrecorded = sample(policy, prompts, GROUP, TOKENS, uniforms)
-    assert torch.equal(plain.completion_ids, unrecorded.completion_ids) and len(told) == 1
+        for _ in range(2):
+            unrecorded = sample(policy, prompts, GROUP, TOKENS, uniforms)
+            assert torch.equal(plain.completion_ids, unrecorded.completion_ids)
+    assert len(told) == fake.recordings == 1, "what failed is not tried again"
+    assert fake.stream == "usual"
 
 
 def test_nothing_is_inherited_from_the_checkpoints_generation_settings():

@@ -2,13 +2,20 @@
 
     python -m tests.benchmarks.memory --group-size 8 --prompts 8 --completion 512 --image-tokens 1000
 
-Counted: weights as this project holds them (float32 masters of what is trained, bfloat16 of what is frozen), their
-bfloat16 copies under autocast, gradients and Adam's two moments in float32; the larger of sampling's cache (bfloat16)
-and of one micro-batch's activations with recomputation (a float32 state a layer and token, one layer's insides, the
-prompts' keys and values); the logits of one chunk. 10 % are kept free.
+A first table has every model, a second one what the peak grows with: one number varied at a time.
+
+Counted are weights as this project holds them (float32 masters of what is trained, bfloat16 of what is frozen), their
+bfloat16 copies under autocast, gradients and Adam's two moments in float32, and the largest of three phases. Sampling:
+the keys and values of prompts and completions, the distributions of one token. Evaluation: the same for a batch of
+`--evaluation-prompts`, one completion each, where the prompts' own forward takes most. Update: one micro-batch with
+recomputation, that is a state a layer and token, the prompts' keys and values with their gradients, one layer's
+insides with the keys and values spread over rows, one chunk of logits; a group above the micro-batch in slices of rows.
+Gradients are counted in all phases: while sampling, which has none, its own copies of the weights take no more room.
+10 % are kept free.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import tyro
@@ -17,6 +24,9 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from common.forward import LOGIT_BUDGET
 
 GIB = 2**30
+HEAD, VOCABULARY = 128, 151936
+PATCHES_A_TOKEN, PATCH_VOLUME = 4, 3 * 2 * 16 * 16
+DRAW_BYTES = 24  # a row and word while a token is drawn: logits twice, probabilities, their sums in float64, room
 # hidden size, layers, heads, key heads, MLP size, shared output head; vision tower: depth, hidden size, MLP, deepstack
 SHAPES = {
     "2B": ((2048, 28, 16, 8, 6144, True), (24, 1024, 4096, [5, 11, 17])),
@@ -37,6 +47,17 @@ class Options:
     lora_rank: int = 64
     cards: tuple[int, ...] = (24, 48, 80, 141)
     """GB of memory"""
+    growth_of: str = "4B"
+    """model of the second table, with LoRA"""
+
+    @property
+    def width(self) -> int:
+        return self.prompt + self.image_tokens
+
+    @property
+    def evaluation_prompts(self) -> int:
+        """Examples that a script's evaluation answers together."""
+        return max(1, min(64, self.micro_batch_tokens // self.completion))
 
 
 def configuration(name: str) -> Qwen3VLConfig:
@@ -44,7 +65,7 @@ def configuration(name: str) -> Qwen3VLConfig:
     return Qwen3VLConfig(
         text_config=dict(
             hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=key_heads,
-            intermediate_size=mlp, head_dim=128, vocab_size=151936, tie_word_embeddings=tied,
+            intermediate_size=mlp, head_dim=HEAD, vocab_size=VOCABULARY, tie_word_embeddings=tied,
         ),
         vision_config=dict(
             depth=depth, hidden_size=width, intermediate_size=vision_mlp, num_heads=16, out_hidden_size=hidden,
@@ -54,6 +75,7 @@ def configuration(name: str) -> Qwen3VLConfig:
     )  # fmt: skip
 
 
+@cache
 def parameters(name: str) -> int:
     """Counted on the model itself, built without memory."""
     with torch.device("meta"):
@@ -64,41 +86,87 @@ def parameters(name: str) -> int:
 
 def adapter_parameters(name: str, rank: int) -> int:
     (hidden, layers, heads, key_heads, mlp, _), _ = SHAPES[name]
-    sizes = [(hidden, heads * 128), (hidden, key_heads * 128), (hidden, key_heads * 128), (heads * 128, hidden)]
+    sizes = [(hidden, heads * HEAD), (hidden, key_heads * HEAD), (hidden, key_heads * HEAD), (heads * HEAD, hidden)]
     sizes += [(hidden, mlp), (hidden, mlp), (mlp, hidden)]
     return layers * rank * sum(inputs + outputs for inputs, outputs in sizes)
 
 
+def keys_and_values(name: str) -> int:
+    """Bytes a token, all layers, bfloat16."""
+    (_, layers, _, key_heads, _, _), _ = SHAPES[name]
+    return 2 * layers * key_heads * HEAD * 2
+
+
+def inside_layer(name: str, gradients: bool) -> int:
+    """Bytes a token of what one layer holds while it is run, bfloat16: the states and their norms, three of the MLP's
+    width; with gradients also queries and what they gather, and one more of the MLP's."""
+    (hidden, _, heads, _, mlp, _), _ = SHAPES[name]
+    return (4 * hidden + 3 * mlp + gradients * (3 * heads * HEAD + mlp)) * 2
+
+
+def vision_inside(name: str, images: int, options: Options) -> int:
+    """Bytes of images' patches, float32, and of one layer of the vision tower."""
+    _, (_, width, mlp, _) = SHAPES[name]
+    return images * options.image_tokens * PATCHES_A_TOKEN * (PATCH_VOLUME * 4 + (8 * width + 2 * mlp) * 2)
+
+
+def sampling(name: str, prompts: int, rows: int, options: Options) -> int:
+    """Bytes of sampling: the largest of the vision tower, the prompts' forward, and decoding."""
+    before = prompts * options.width
+    forward = before * (keys_and_values(name) + inside_layer(name, False))
+    decoding = (before + rows * options.completion) * keys_and_values(name) + rows * VOCABULARY * DRAW_BYTES
+    return max(vision_inside(name, prompts, options), forward, decoding)
+
+
+def update(name: str, lora: bool, options: Options) -> int:
+    """Bytes of one micro-batch with its backward pass."""
+    (hidden, layers, heads, key_heads, _, _), (depth, vision_width, _, _) = SHAPES[name]
+    tokens = options.group_size * options.completion  # of a group
+    groups = max(1, min(options.prompts, options.micro_batch_tokens // (options.width + tokens)))
+    rows = min(groups * options.group_size, max(1, options.micro_batch_tokens // options.completion))  # at a time
+    before, own, state = groups * options.width, rows * options.completion, hidden * (2 if lora else 4)
+    kept = (before + own) * layers * state + 2 * groups * tokens * state  # and the scores' states
+    if not lora:  # with adapters the vision tower is frozen, and nothing of it is kept
+        kept += groups * options.image_tokens * PATCHES_A_TOKEN * depth * vision_width * 4
+    spread = rows * (options.width + options.completion) * 2 * (key_heads + heads) * HEAD * 2
+    inside = max(before * inside_layer(name, True), own * inside_layer(name, True) + 2 * spread)
+    backward = 2 * before * keys_and_values(name) + inside + 3 * LOGIT_BUDGET * 4
+    return kept + max(vision_inside(name, groups, options), backward)
+
+
 def gibibytes(name: str, lora: bool, options: Options) -> dict[str, float]:
-    """Memory by what needs it."""
-    (hidden, layers, heads, key_heads, mlp, _), _ = SHAPES[name]
+    """Memory by what needs it; `peak` is that of the largest phase."""
     weights = parameters(name)
     trained = adapter_parameters(name, options.lora_rank) if lora else weights
-    rows, width = options.prompts * options.group_size, options.prompt + options.image_tokens
     kept = weights * 2 + trained * 4 if lora else weights * 4
-    cache = 2 * layers * key_heads * 128 * 2 * (options.prompts * width + rows * options.completion)
-    tokens = max(options.micro_batch_tokens, width + options.group_size * options.completion)
-    inside = tokens * (2 * mlp + 2 * heads * 128 + 4 * hidden) * 2
-    activations = tokens * layers * hidden * 4 + inside + 2 * layers * key_heads * 128 * 2 * tokens
-    return {
-        "weights": (kept + trained * 2) / GIB,
-        "gradients, Adam": trained * 12 / GIB,
-        "sampling or activations": max(cache, activations) / GIB,
-        "logits": 3 * LOGIT_BUDGET * 4 / GIB,
+    need = {
+        "weights": kept + trained * 2,
+        "gradients, Adam": trained * 12,
+        "sampling": sampling(name, options.prompts, options.prompts * options.group_size, options),
+        "evaluation": sampling(name, options.evaluation_prompts, options.evaluation_prompts, options),
+        "update": update(name, lora, options),
     }
+    need["peak"] = need["weights"] + need["gradients, Adam"] + max(list(need.values())[2:])
+    return {part: size / GIB for part, size in need.items()}
 
 
 def main(options: Options) -> None:
     parts = list(gibibytes("2B", True, options))
-    print(f"{'GiB':12}" + "".join(f"{part:>25}" for part in parts) + f"{'sum':>8}  fits on")
+    print(f"{'GiB':12}" + "".join(f"{part:>17}" for part in parts) + "  fits on")
     for name in SHAPES:
         for lora in (True, False):
             need = gibibytes(name, lora, options)
-            total = sum(need.values())
-            cards = [f"{card} GB" for card in options.cards if total * 1.1 <= card * 1e9 / GIB]
+            cards = [f"{card} GB" for card in options.cards if need["peak"] * 1.1 <= card * 1e9 / GIB]
             title = f"{name} {'LoRA' if lora else 'full'}"
-            cells = "".join(f"{need[part]:25.1f}" for part in parts)
-            print(f"{title:12}{cells}{total:8.1f}  {', '.join(cards) or 'none of these'}", flush=True)
+            cells = "".join(f"{need[part]:17.1f}" for part in parts)
+            print(f"{title:12}{cells}  {', '.join(cards) or 'none of these'}", flush=True)
+    print(f"\n{options.growth_of} LoRA{'':23}" + "".join(f"{part:>12}" for part in parts[2:]))
+    for field in ("group_size", "completion", "image_tokens"):
+        for factor in (1, 2, 4, 8):
+            value = getattr(options, field) * factor
+            need = gibibytes(options.growth_of, True, replace(options, **{field: value}))
+            cells = "".join(f"{need[part]:12.1f}" for part in parts[2:])
+            print(f"{field.replace('_', ' '):20}{value:10}{cells}", flush=True)
 
 
 if __name__ == "__main__":
