@@ -157,10 +157,10 @@ def forward_prompts(model: torch.nn.Module, prompts: Prompts, recompute: bool = 
         levels = getattr(features, "deepstack_features", None) or []
         deepstack = [level if isinstance(level, torch.Tensor) else torch.cat(level) for level in levels]
 
-    width = prompts.input_ids.shape[1]
-    causal = torch.ones(width, width, dtype=torch.bool, device=embeds.device).tril()
-    mask = causal[None, None]
+    mask = None
     if not bool(prompts.attention_mask.all()):
+        width = prompts.input_ids.shape[1]
+        causal = prompts.attention_mask.new_ones(width, width).tril()
         # A padded query sees itself: a row of a softmax may not be empty.
         mask = causal & prompts.attention_mask[:, None, None] | torch.eye(width, dtype=torch.bool, device=embeds.device)
     rotary = rotary_tables(text, prompts.position_ids)
@@ -192,10 +192,11 @@ def forward_completions(
     steps = torch.arange(tokens, device=embeds.device)
     positions = spread(prefix.next_positions)[:, None] + steps  # [R, T]
     rotary = rotary_tables(text, positions.expand(3, -1, -1))
-    mask = torch.cat([steps.new_ones(tokens, width, dtype=torch.bool), steps[:, None] >= steps], dim=-1)[None, None]
+    mask = None
     if not bool(prefix.attention_mask.all()):
         padded = torch.nn.functional.pad(prefix.attention_mask, (0, tokens), value=True)  # [N, P + T]
-        mask = mask & spread(padded)[:, None, None]  # [R, 1, T, P + T]
+        causal = padded.new_ones(tokens, width + tokens).tril(width)
+        mask = causal & spread(padded)[:, None, None]  # [R, 1, T, P + T]
 
     hidden = embeds
     for level, layer in enumerate(text.layers):

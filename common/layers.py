@@ -41,21 +41,32 @@ def attention(
 ) -> torch.Tensor:
     """Attention [B, heads, T, D] of queries [B, heads, T, D] over keys and values [B, key heads, L, D].
 
-    `mask` [B or 1, 1, T, L] bool says who may look at whom (None: everybody at everything).
+    `mask` [B, 1, T, L] bool says who may look at whom. None: the queries are the last T of the L tokens, and each looks
+    at itself and at what stands before it.
     """
     batch, heads, tokens, size = q.shape
-    if q.device.type == "cpu" and q.shape[:3].numel() * k.shape[2] <= PLAIN_SCORES:
+    before = k.shape[2] - tokens
+    plain = q.device.type == "cpu" and q.shape[:3].numel() * k.shape[2] <= PLAIN_SCORES
+    # The kernels for causal attention leave out half of the scores, but want as many queries as keys: those of `before`
+    # are made up, which is worth it while they are few.
+    causal = mask is None and not plain and 2 * before <= tokens
+    if mask is None and not causal:
+        mask = torch.ones(tokens, k.shape[2], dtype=torch.bool, device=q.device).tril(before)
+    if plain:
         # The query heads that share a key head stand where one would expect more queries: no key is repeated.
         q = (q * scale).reshape(batch, k.shape[1], -1, size)
         scores = (q @ k.mT).view(batch, heads, tokens, -1)
-        if mask is not None:
-            scores = scores + torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        scores = scores + torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
         weights = scores.softmax(-1).view(batch, k.shape[1], -1, k.shape[2])
         return (weights @ v).view(batch, heads, tokens, size)
     q = q.to(v.dtype)  # under autocast rotated queries come in float32
-    if mask is not None:  # of the kernels that need no memory for the scores, none takes both a mask and fewer keys
-        k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=mask is None)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    if causal:
+        q = torch.nn.functional.pad(q, (0, 0, before, 0))
+        return attend(q, k, v, is_causal=True, scale=scale, enable_gqa=True)[:, :, before:]
+    # Of the kernels that need no memory for the scores, none takes both a mask and fewer keys.
+    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    return attend(q, k, v, mask, scale=scale)
 
 
 def rotary_tables(text: torch.nn.Module, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -100,14 +100,24 @@ def test_the_norm_has_the_gradient_of_its_formula():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_both_ways_to_attend_agree(monkeypatch, masked):
-    q, k, v = (torch.randn(2, heads, length, 16) for heads, length in ((6, 5), (2, 9), (2, 9)))
-    mask = torch.rand(2, 1, 5, 9) < 0.7 if masked else None
-    if masked:
-        mask[..., 0] = True  # a row of a softmax may not be empty
-    plain = attention(q, k, v, mask, 0.3)
-    monkeypatch.setattr("common.layers.PLAIN_SCORES", 0)
-    torch.testing.assert_close(attention(q, k, v, mask, 0.3), plain, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("length", [5, 7, 9], ids=["square", "few keys before", "many keys before"])
+def test_all_ways_to_attend_agree(monkeypatch, length, masked):
+    shapes = (2, 6, 5, 16), (2, 2, length, 16), (2, 2, length, 16)
+    q, k, v = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    weights = torch.randn(2, 6, 5, 16)
+    mask = torch.rand(2, 1, 5, length) < 0.7 if masked else torch.ones(2, 1, 5, length).bool().tril(length - 5)
+    mask[..., 0] = True  # a row of a softmax may not be empty
+    scores = 0.3 * q @ k.repeat_interleave(3, dim=1).mT
+    expected = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v.repeat_interleave(3, dim=1)
+    for plain_scores in (2**23, 0):
+        monkeypatch.setattr("common.layers.PLAIN_SCORES", plain_scores)
+        gathered = attention(q, k, v, mask if masked else None, 0.3)
+        torch.testing.assert_close(gathered, expected, atol=1e-5, rtol=1e-5)
+        gradients = (
+            torch.autograd.grad((x * weights).sum(), (q, k, v), retain_graph=True) for x in (gathered, expected)
+        )
+        for ours, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_neighbours_padding_and_order_change_nothing():

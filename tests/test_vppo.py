@@ -227,7 +227,7 @@ def test_a_token_that_cannot_see_the_image_does_not_depend_on_it(monkeypatch):
 
     def blind(q, k, v, allowed, scale):
         if k.shape[2] > width:  # completions: only their own tokens are seen
-            allowed = allowed.clone()
+            allowed = torch.ones(q.shape[0], 1, q.shape[2], k.shape[2], dtype=torch.bool).tril(width)
             allowed[..., :width] = False
         return attention(q, k, v, allowed, scale)
 
