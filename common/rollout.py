@@ -74,6 +74,7 @@ def sample(
         active = torch.arange(rows, device=device)  # [A] the rows still decoded
         hidden = prefix.states[:, -1].repeat_interleave(group_size, dim=0)  # [A, H]
         del prefix  # all that is still needed of it has been copied
+        torch.clear_autocast_cache()  # a copy of the weights, which the decoder has in its own arrangement
         for t in range(max_new_tokens):
             logits = decoder.head(hidden).float()  # [A, V]
             draw = None if uniforms is None else uniforms[active, t]  # [A]
