@@ -125,8 +125,8 @@ def load_policy(
     device = torch.device(device)
     source = resolve_name(name)
     with loading(name, source):
-        adapter = source if adapter_base(source) else None
-        source = resolve_name(adapter_base(source) or source)
+        base = adapter_base(source)
+        adapter, source = (source, resolve_name(base)) if base else (None, source)
     lora = bool(lora_rank or adapter)
     frozen_on_cuda = device.type == "cuda" and (lora or not trainable)
     with loading(name, source):
