@@ -81,9 +81,13 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.addcmul(x * cos[:, :, None], x.roll(x.shape[-1] // 2, -1), sin[:, :, None])
 
 
-def fused(*linears: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def fused(*linears: torch.nn.Module, features_first: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
     """Linear maps of the same input, their outputs side by side: one product, unless one carries an adapter. Weights
-    are brought to autocast's precision once, not at each call."""
+    are brought to autocast's precision once, not at each call.
+
+    `features_first` lets the CPU lay the output out as [features, rows] and look at it transposed, which takes it four
+    fifths of the time where the features are many times the rows.
+    """
     if not all(type(linear) is torch.nn.Linear for linear in linears):
         return lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
     weights = [linear.weight for linear in linears]
@@ -92,6 +96,8 @@ def fused(*linears: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
         weights = [weight.to(torch.get_autocast_dtype(kind)) for weight in weights]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
     bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+    if features_first and kind == "cpu" and bias is None:
+        return lambda x: (weight @ x.mT).mT
     return lambda x: torch.nn.functional.linear(x, weight, bias)
 
 
@@ -114,8 +120,8 @@ def normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
 def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     """1 / sqrt(mean of x^2 + eps) over the last dimension, in a third of the time of torch's norm on the CPU."""
     precise = torch.promote_types(x.dtype, torch.float32)
-    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise).square_()
-    return squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
+    return torch.addcmul(torch.full((), eps, dtype=precise), norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
 class RMSNorm(torch.autograd.Function):

@@ -73,12 +73,13 @@ def sample(
         decoder = Decoder(model, prefix, group_size, max_new_tokens)
         active = torch.arange(rows, device=device)  # [A] the rows still decoded
         hidden = prefix.states[:, -1].repeat_interleave(group_size, dim=0)  # [A, H]
+        banned = torch.zeros(policy.banned.shape, device=device).masked_fill(policy.banned, -1e30)  # [V]
         del prefix  # all that is still needed of it has been copied
         torch.clear_autocast_cache()  # a copy of the weights, which the decoder has in its own arrangement
         for t in range(max_new_tokens):
-            logits = decoder.head(hidden).float()  # [A, V]
+            logits = decoder.head(hidden).float() + banned  # [A, V]
             draw = None if uniforms is None else uniforms[active, t]  # [A]
-            tokens, token_logprobs = draw_tokens(logits, draw, policy.banned, temperature, top_p, top_k)
+            tokens, token_logprobs = draw_tokens(logits, draw, temperature, top_p, top_k)
             ids[active, t] = tokens
             logprobs[active, t] = token_logprobs
             if t + 1 == max_new_tokens:
@@ -106,16 +107,14 @@ def sample(
 def draw_tokens(
     logits: torch.Tensor,
     uniforms: torch.Tensor | None,
-    banned: torch.Tensor,
     temperature: float,
     top_p: float,
     top_k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token a row from logits [A, V] by inverting its distribution function at `uniforms` [A].
 
-    Returns tokens [A] and their log-probabilities [A] float32 under the whole distribution without `banned` [V].
+    Returns tokens [A] and their log-probabilities [A] float32 under the whole distribution.
     """
-    logits = logits.masked_fill(banned, torch.finfo(torch.float32).min)
     whole = (logits / (temperature or 1.0)).softmax(-1)  # [A, V]
     if temperature == 0:
         tokens = logits.argmax(-1)
@@ -156,7 +155,7 @@ class Decoder:
         attentions, mlps = zip(*((layer.self_attn, layer.mlp) for layer in self.text.layers), strict=True)
         self.qkv = [fused(a.q_proj, a.k_proj, a.v_proj) for a in attentions]
         self.out = [fused(a.o_proj) for a in attentions]
-        self.gate_up = [fused(m.gate_proj, m.up_proj) for m in mlps]
+        self.gate_up = [fused(m.gate_proj, m.up_proj, features_first=True) for m in mlps]
         self.down = [fused(m.down_proj) for m in mlps]
         self.head = fused(model.get_output_embeddings())
         # Heads stand in front of rows, so that a prompt's rows lie side by side and are a matrix without a copy.
@@ -243,10 +242,10 @@ class Decoder:
                 eps = layer.self_attn.q_norm.variance_epsilon
                 rotated = normalize(rotated, eps)
             rolled = rotated.roll(rotated.shape[-1] // 2, -1)
-            rotated = torch.addcmul(rotated * cosines[:, number], rolled, sines[:, number]).to(cache.dtype)
-            q, k = rotated.split([rotated.shape[1] - cache.shape[1], cache.shape[1]], dim=1)
-            for stored, new in zip(cache, (k, heads[:, cosines.shape[2] :]), strict=True):
-                stored.index_copy_(2, self.at, new.transpose(0, 1)[:, :, None])
+            heads[:, : cosines.shape[2]] = torch.addcmul(rotated * cosines[:, number], rolled, sines[:, number])
+            stored = cache.flatten(0, 1)  # [key and value heads, A, T, D]
+            q, new = heads.split([heads.shape[1] - len(stored), len(stored)], dim=1)
+            stored.index_copy_(2, self.at, new.transpose(0, 1)[:, :, None])
             gathered = self.attend(q, *self.prompts[number], *cache[:, :, :, :span], future)
             hidden = hidden + self.out[number](gathered)
             gate, up = self.gate_up[number](rms_norm(hidden, layer.post_attention_layernorm)).chunk(2, dim=-1)
