@@ -82,23 +82,48 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def fused(*linears: torch.nn.Module, features_first: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Linear maps of the same input, their outputs side by side: one product, unless one carries an adapter. Weights
-    are brought to autocast's precision once, not at each call.
+    """Linear maps of the same rows [A, in], their outputs side by side: one product for their weights and, where they
+    carry LoRA adapters, two small ones for these. Weights are brought to autocast's precision once, not at each call.
 
     `features_first` lets the CPU lay the output out as [features, rows] and look at it transposed, which takes it four
     fifths of the time where the features are many times the rows.
     """
-    if not all(type(linear) is torch.nn.Linear for linear in linears):
+    bases = [getattr(linear, "base_layer", linear) for linear in linears]
+    adapters = [low_rank(linear) for linear in linears]
+    if None in adapters or not all(type(base) is torch.nn.Linear for base in bases):
         return lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
-    weights = [linear.weight for linear in linears]
-    kind = weights[0].device.type
-    if torch.is_autocast_enabled(kind):
-        weights = [weight.to(torch.get_autocast_dtype(kind)) for weight in weights]
-    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+
+    kind = bases[0].weight.device.type
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else bases[0].weight.dtype
+    weights = [base.weight.to(cast) for base in bases]
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]  # [out, in]
+    bias = None if bases[0].bias is None else torch.cat([base.bias for base in bases])
     if features_first and kind == "cpu" and bias is None:
-        return lambda x: (weight @ x.mT).mT
-    return lambda x: torch.nn.functional.linear(x, weight, bias)
+        plain = lambda x: (weight @ x.mT).mT
+    else:
+        plain = lambda x: torch.nn.functional.linear(x, weight, bias)
+    if not any(len(down) for down, _ in adapters):
+        return plain
+    down = torch.cat([down for down, _ in adapters]).to(cast)  # [all ranks, in]
+    up = torch.block_diag(*(up for _, up in adapters)).to(cast)  # [out, all ranks]
+    return lambda x: plain(x).addmm_(torch.nn.functional.linear(x, down), up.mT)
+
+
+def low_rank(linear: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The matrices [rank, in] and [out, rank] whose product a LoRA adapter adds to the weight; without an adapter of
+    rank 0; None where peft does more than that (DoRA, several adapters, dropout in training)."""
+    if type(linear) is torch.nn.Linear:
+        return linear.weight[:0], linear.weight[:, :0]
+    if not hasattr(linear, "lora_A"):
+        return None
+    names = [name for name in linear.active_adapters if name in linear.lora_A]
+    if linear.disable_adapters or linear.merged or len(names) != 1 or names[0] in linear.lora_variant:
+        return None
+    (name,) = names
+    down, up, dropout = linear.lora_A[name], linear.lora_B[name], linear.lora_dropout[name]
+    if up.bias is not None or (dropout.training and not isinstance(dropout, torch.nn.Identity)):
+        return None
+    return down.weight, up.weight * linear.scaling[name]
 
 
 def rms_norm(x: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:

@@ -242,7 +242,9 @@ class Decoder:
                 eps = layer.self_attn.q_norm.variance_epsilon
                 rotated = normalize(rotated, eps)
             rolled = rotated.roll(rotated.shape[-1] // 2, -1)
-            heads[:, : cosines.shape[2]] = torch.addcmul(rotated * cosines[:, number], rolled, sines[:, number])
+            # `out`: to the caches' precision and into place at once
+            turned = heads[:, : cosines.shape[2]]
+            torch.addcmul(rotated * cosines[:, number], rolled, sines[:, number], out=turned)
             stored = cache.flatten(0, 1)  # [key and value heads, A, T, D]
             q, new = heads.split([heads.shape[1] - len(stored), len(stored)], dim=1)
             stored.index_copy_(2, self.at, new.transpose(0, 1)[:, :, None])
@@ -262,7 +264,8 @@ class Decoder:
         own = own if future is None else own + future
         weights = torch.cat([self.by_row(theirs), own], dim=-1).softmax(-1).to(values.dtype)
         theirs, own = weights.split([prompt_keys.shape[2], keys.shape[2]], dim=-1)
-        gathered = self.by_row(self.by_prompt(theirs) @ prompt_values) + own @ values  # [key heads, A, queries, D]
+        gathered = self.by_row(self.by_prompt(theirs) @ prompt_values)  # [key heads, A, queries, D]
+        gathered.view(-1, *gathered.shape[2:]).baddbmm_(own.flatten(0, 1), values.flatten(0, 1))
         return gathered.transpose(0, 1).flatten(1)
 
     def by_prompt(self, x: torch.Tensor) -> torch.Tensor:

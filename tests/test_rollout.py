@@ -1,12 +1,16 @@
 """Sampling: the right distribution, the right log-probabilities, nothing inherited from a checkpoint."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
 
 from common.forward import Scorer
+from common.layers import low_rank
+from common.model import LORA_TARGETS
 from common.rollout import decode, draw_tokens, sample, uniform_numbers
 from tests.small_models import FAMILIES, small_policy, small_prompts
 
@@ -41,6 +45,39 @@ def test_sampled_logprobs_equal_teacher_forced_ones(family, settings):
     rollout = sample(policy, prompts, GROUP, TOKENS, uniform_numbers(0, 0, range(9), TOKENS), **settings)
     scores = Scorer(policy)(prompts, rollout.completion_ids, rollout.completion_mask, settings.get("temperature", 1.0))
     torch.testing.assert_close(rollout.old_logprobs, scores.logprobs.detach(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "adapter, folded",
+    [
+        ({"target_modules": LORA_TARGETS}, True),
+        ({"target_modules": ["q_proj", "v_proj", "up_proj"], "use_rslora": True}, True),
+        ({"target_modules": LORA_TARGETS, "use_dora": True}, False),
+        ({"target_modules": LORA_TARGETS, "lora_bias": True}, False),
+    ],
+)
+def test_adapters_are_part_of_the_sampling_policy(adapter, folded):
+    """Few operations for an adapter of two matrices; peft's own for what does more."""
+    policy = small_policy()
+    plain = sample_small(policy)
+    policy = replace(policy, model=get_peft_model(policy.base, LoraConfig(r=4, lora_alpha=8, **adapter)))
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    rollout = sample_small(policy)
+    prompts, _, _ = small_prompts(policy)
+    scores = Scorer(policy)(prompts, rollout.completion_ids, rollout.completion_mask)
+    torch.testing.assert_close(rollout.old_logprobs, scores.logprobs.detach(), atol=1e-4, rtol=0)
+    assert (rollout.old_logprobs[:, 0] - plain.old_logprobs[:, 0]).abs().max() > 0.01
+    assert (low_rank(policy.base.model.language_model.layers[0].self_attn.q_proj) is not None) == folded
+    with policy.model.disable_adapter():
+        assert torch.equal(sample_small(policy).completion_ids, plain.completion_ids)
+
+
+def sample_small(policy):
+    prompts, _, _ = small_prompts(policy)
+    return sample(policy, prompts, GROUP, TOKENS, uniform_numbers(0, 0, range(9), TOKENS))
 
 
 def test_token_frequencies_match_the_models_probabilities():
