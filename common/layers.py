@@ -83,7 +83,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 def fused(*linears: torch.nn.Module, features_first: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
     """Linear maps of the same rows [A, in], their outputs side by side: one product for their weights and, where they
-    carry LoRA adapters, two small ones for these. Weights are brought to autocast's precision once, not at each call.
+    carry LoRA adapters, two small ones for these. Weights are brought to autocast's precision once, not at each call;
+    where they have it already, on CUDA, they are not copied to stand together, and are a product each.
 
     `features_first` lets the CPU lay the output out as [features, rows] and look at it transposed, which takes it four
     fifths of the time where the features are many times the rows.
@@ -93,20 +94,23 @@ def fused(*linears: torch.nn.Module, features_first: bool = False) -> Callable[[
     if None in adapters or not all(type(base) is torch.nn.Linear for base in bases):
         return lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
 
-    kind = bases[0].weight.device.type
-    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else bases[0].weight.dtype
-    weights = [base.weight.to(cast) for base in bases]
-    weight = torch.cat(weights) if len(weights) > 1 else weights[0]  # [out, in]
-    bias = None if bases[0].bias is None else torch.cat([base.bias for base in bases])
-    if features_first and kind == "cpu" and bias is None:
-        plain = lambda x: (weight @ x.mT).mT
-    else:
-        plain = lambda x: torch.nn.functional.linear(x, weight, bias)
+    kind, dtype = bases[0].weight.device.type, bases[0].weight.dtype
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+    weights, biases = [base.weight.to(cast) for base in bases], [base.bias for base in bases]  # [out, in] each
+    if len(bases) > 1 and (kind == "cpu" or cast != dtype):
+        weights, biases = [torch.cat(weights)], [None if biases[0] is None else torch.cat(biases)]
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        if features_first and kind == "cpu" and biases[0] is None:
+            return (weights[0] @ x.mT).mT
+        parts = [torch.nn.functional.linear(x, *pair) for pair in zip(weights, biases, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
     if not any(len(down) for down, _ in adapters):
-        return plain
+        return product
     down = torch.cat([down for down, _ in adapters]).to(cast)  # [all ranks, in]
     up = torch.block_diag(*(up for _, up in adapters)).to(cast)  # [out, all ranks]
-    return lambda x: plain(x).addmm_(torch.nn.functional.linear(x, down), up.mT)
+    return lambda x: product(x).addmm_(torch.nn.functional.linear(x, down), up.mT)
 
 
 def low_rank(linear: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
