@@ -46,7 +46,7 @@ def main(options: Options) -> None:
         for size in sizes:
             if options.step.cuda:
                 torch.cuda.reset_peak_memory_stats()
-            totals, phases, _, _ = measure(policy, replace(options.step, **{name: size}))
+            totals, phases, *_ = measure(policy, replace(options.step, **{name: size}))
             peaks.append(torch.cuda.max_memory_allocated() / 2**30 if options.step.cuda else None)
             phases = {"step": statistics.median(totals)} | {phase: phases[phase] for phase in ("sample", "score")}
             for phase, seconds in phases.items():

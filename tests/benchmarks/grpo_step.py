@@ -1,10 +1,12 @@
 """Seconds of one GRPO step, every completion at its full length, with the time of each phase.
 
     python -m tests.benchmarks.grpo_step --prompts 8 --group 8 --tokens 64 --image 64
+    python -m tests.benchmarks.grpo_step --cuda --model Qwen/Qwen3-VL-4B-Instruct --tokens 512 --image 1024
 
 A step is what grpo.py does between two batches: process images, sample, decode, reward, score, backward, update.
 Beside the two large phases stand their floors: their matrix products at the rate of one large product on this machine
 and, for sampling, the weights, keys and values to read for each token at the bandwidth of a large copy.
+`mismatch` is how far the log-probabilities of sampling and scoring lie apart on average, as training logs it.
 To measure against another trainer, run both in turn on the same machine and compare the medians.
 """
 
@@ -42,6 +44,8 @@ class Options:
     question: str = "How many red shapes are there?"
     micro_batch_tokens: int = 16384
     """tokens of one forward and backward"""
+    lora_rank: int = 0
+    """train adapters of that rank (0: all weights)"""
     cuda: bool = False
     threads: int = 2
     """CPU threads"""
@@ -50,7 +54,7 @@ class Options:
 def open_policy(options: Options) -> Policy:
     if not options.cuda:
         torch.set_num_threads(options.threads)
-    policy = load_policy(options.model, device="cuda" if options.cuda else "cpu")
+    policy = load_policy(options.model, device="cuda" if options.cuda else "cpu", lora_rank=options.lora_rank)
     policy.end_token_ids = [-1]  # no token ends a completion, so that each has its full length
     return policy
 
@@ -87,13 +91,14 @@ def sampling_needs(policy: Policy, width: int, options: Options) -> tuple[float,
     return operations, options.tokens * size * (weights + cached * a_place)
 
 
-def measure(policy: Policy, options: Options) -> tuple[list[float], dict[str, float], float, int]:
-    """Seconds of each step, of each phase the median; operations of scoring; prompt tokens."""
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+def measure(policy: Policy, options: Options) -> tuple[list[float], dict[str, float], float, int, float]:
+    """Seconds of each step, of each phase the median; operations of scoring; prompt tokens; mean mismatch."""
+    trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0, fused=True)
     scorer = Scorer(policy, gradient_checkpointing=options.cuda)
     args, rows, device = Args(), options.prompts * options.group, policy.device
     messages = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": options.question}]}]]
-    totals, phases, operations = [], {}, 0.0
+    totals, phases, operations, gap = [], {}, 0.0, 0.0
 
     def mark(name: str, since: float) -> float:
         if options.cuda:
@@ -122,19 +127,21 @@ def measure(policy: Policy, options: Options) -> tuple[list[float], dict[str, fl
                 new, shared = scores.logprobs, advantages[own, None]
                 losses, _ = policy_loss(new, new.detach(), shared, mask[own], args)
                 (losses * token_weights(mask[own], "dapo", rows, int(mask.sum()), options.tokens)).sum().backward()
+            gap += (new.detach() - rollout.old_logprobs[own]).abs().sum()
             operations += counter.get_total_flops() if counter else 0
         now = mark("score", now)
-        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         totals.append(mark("update", now) - start)
         assert int(mask.sum()) == rows * options.tokens
-    return totals[1:], {name: statistics.median(times[1:]) for name, times in phases.items()}, operations, width
+    medians = {name: statistics.median(times[1:]) for name, times in phases.items()}
+    return totals[1:], medians, operations, width, float(gap) / (len(totals) * rows * options.tokens)
 
 
 def main(options: Options) -> None:
     policy = open_policy(options)
-    totals, phases, operations, width = measure(policy, options)
+    totals, phases, operations, width, mismatch = measure(policy, options)
     print("seconds a phase: " + ", ".join(f"{name} {seconds:.3f}" for name, seconds in phases.items()))
     print(f"seconds a step: min {min(totals):.3f} median {statistics.median(totals):.3f} max {max(totals):.3f}")
     rate, bandwidth = rates(policy)
@@ -145,6 +152,7 @@ def main(options: Options) -> None:
         share = floor / phases[phase]
         print(f"floor of {phase}: {floor:.3f} s of {phases[phase]:.3f} ({share:.0%}), for {amount / 1e9:.1f} GFLOP")
     print(f"sampled tokens a second: {options.prompts * options.group * options.tokens / phases['sample']:.0f}")
+    print(f"mismatch: {mismatch:.1e}, prompt tokens: {width}")
     if options.cuda:
         print(f"peak memory GiB: {torch.cuda.max_memory_allocated() / 2**30:.1f}")
 

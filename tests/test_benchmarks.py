@@ -1,0 +1,42 @@
+"""What the benchmarks build on; their figures are printed, never asserted."""
+
+import pytest
+import torch
+from PIL import Image
+
+from common.model import encode_prompts, load_policy
+from common.rollout import sample, uniform_numbers
+from tests.benchmarks import grpo_step
+from tests.benchmarks.memory import SHAPES, configuration
+from tests.benchmarks.random_model import write_random_model
+
+# hidden size, layers, heads, key heads, MLP size, shared output head; vision tower: depth, hidden size, MLP, deepstack
+SMALL = ((64, 2, 2, 1, 96, True), (2, 64, 96, [0]))
+
+
+@pytest.fixture(scope="module")
+def random_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("random")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SHAPES, "small", SMALL)
+        write_random_model(configuration("small"), folder)
+    return folder
+
+
+def test_a_random_model_of_a_real_vocabulary_loads_and_samples(random_folder):
+    policy = load_policy(str(random_folder))
+    assert len(policy.banned) == 151936 and int((~policy.banned).sum()) <= 507
+    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]}]
+    prompts = encode_prompts(policy, [message], [[Image.effect_noise((1024, 1024), 80).convert("RGB")]])
+    assert (prompts.input_ids == policy.base.config.image_token_id).sum() == 1024, "32 pixels a token each way"
+    rollout = sample(policy, prompts, 2, 3, uniform_numbers(0, 0, range(2), 3))
+    assert not policy.banned[rollout.completion_ids].any()
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_step_is_timed_on_it(random_folder, lora_rank, capsys, monkeypatch):
+    monkeypatch.setattr(grpo_step, "rates", lambda policy: (1e12, 1e12))
+    grpo_step.main(grpo_step.Options(str(random_folder), prompts=2, group=2, tokens=4, steps=2, lora_rank=lora_rank))
+    printed = capsys.readouterr().out
+    assert "floor of score" in printed and float(printed.split("mismatch: ")[1].split(",")[0]) < 1e-4
