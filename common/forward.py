@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from common.layers import attention, decoder_layer, rms_norm, rotary_tables
+from common.layers import attention, decoder_layer, precision, rms_norm, rotary_tables
 from common.model import Policy, Prompts, join
 
 # Logits of this many entries may exist at a time (float32: 256 MiB).
@@ -236,31 +236,56 @@ def token_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and entropies [R, T] float32 of tokens from hidden states [R, T, H] and the head [V, H].
 
-    Only tokens inside the mask are computed, in chunks whose logits are recomputed in the backward pass. The softmax is
-    over the vocabulary without `banned` [V], as in sampling. The entropy carries no gradient.
+    Only tokens inside the mask are computed. The softmax is over the vocabulary without `banned` [V], as in sampling.
+    The entropy carries no gradient.
     """
-    rows = hidden[completion_mask]  # [Z, H]
-    targets = completion_ids[completion_mask]  # [Z]
+    rows = (hidden[completion_mask] / temperature).to(precision(head))  # [Z, H]
     bias = torch.zeros(len(head), dtype=rows.dtype, device=rows.device).masked_fill(banned, -1e30)  # [V] costs no pass
-
-    def chunk_logprobs(rows, targets):
-        logits = torch.nn.functional.linear(rows / temperature, head, bias).float()  # [C, V]
-        with torch.autocast(rows.device.type, enabled=False):  # which would round the entropy's products
-            logprobs = logits.log_softmax(-1)
-            with torch.no_grad():
-                entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs)
-        return logprobs.gather(-1, targets[:, None])[:, 0], entropy
-
-    size = max(1, LOGIT_BUDGET // len(head))
-    if len(rows) <= size or not torch.is_grad_enabled():
-        chunks = [chunk_logprobs(*pair) for pair in zip(rows.split(size), targets.split(size), strict=True)]
-    else:
-        chunks = [
-            checkpoint(chunk_logprobs, *pair, use_reentrant=False)
-            for pair in zip(rows.split(size), targets.split(size), strict=True)
-        ]
+    with torch.autocast(rows.device.type, enabled=False):  # which would round the entropy's products
+        values = TokenLogprobs.apply(rows, head, bias, completion_ids[completion_mask])
     zeros = torch.zeros(completion_mask.shape, device=hidden.device)
-    return tuple(zeros.masked_scatter(completion_mask, torch.cat(values)) for values in zip(*chunks, strict=True))
+    return tuple(zeros.masked_scatter(completion_mask, value) for value in values)
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """Log-probabilities and entropies [Z] float32 of tokens [Z] from rows [Z, H], the head [V, H] and a bias [V].
+
+    Logits are made for `LOGIT_BUDGET // V` rows at a time. The gradient of a token's log-probability in its logits is
+    one-hot minus their softmax p, so that the backward pass needs nothing but p: of a single chunk it is kept, of more
+    the logits are computed again. For a head that is not trained it is one matrix product more, otherwise two.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, head, bias, targets):
+        weight, size = head.to(rows.dtype), max(1, LOGIT_BUDGET // len(head))
+        single = len(rows) <= size
+
+        def chunk(rows, targets):
+            logprobs = torch.nn.functional.linear(rows, weight, bias).float().log_softmax(-1)  # [C, V]
+            p = logprobs.exp()
+            entropy = -torch.linalg.vecdot(p, logprobs)
+            return logprobs.gather(-1, targets[:, None])[:, 0], entropy, p if single else None
+
+        logprobs, entropy, kept = zip(*map(chunk, rows.split(size), targets.split(size)), strict=True)
+        logprobs, entropy = torch.cat(logprobs), torch.cat(entropy)
+        ctx.save_for_backward(rows, head, bias, targets, kept[0])
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        rows, head, bias, targets, kept = ctx.saved_tensors
+        weight, size = head.to(rows.dtype), max(1, LOGIT_BUDGET // len(head))
+        grad_rows = torch.empty_like(rows)
+        grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
+        for i in range(0, len(rows), size):
+            own, g = rows[i : i + size], grad[i : i + size, None]  # [C, H], [C, 1]
+            p = torch.nn.functional.linear(own, weight, bias).float().softmax(-1) if kept is None else kept.clone()
+            grad_logits = p.mul_(-g).scatter_add_(-1, targets[i : i + size, None], g).to(rows.dtype)  # [C, V]
+            grad_rows[i : i + size] = grad_logits @ weight
+            if grad_head is not None:
+                grad_head += grad_logits.mT @ own
+        return grad_rows, grad_head, None, None
 
 
 def micro_batches(

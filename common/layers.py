@@ -94,8 +94,7 @@ def fused(*linears: torch.nn.Module, features_first: bool = False) -> Callable[[
     if None in adapters or not all(type(base) is torch.nn.Linear for base in bases):
         return lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
 
-    kind, dtype = bases[0].weight.device.type, bases[0].weight.dtype
-    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+    kind, dtype, cast = bases[0].weight.device.type, bases[0].weight.dtype, precision(bases[0].weight)
     weights, biases = [base.weight.to(cast) for base in bases], [base.bias for base in bases]  # [out, in] each
     if len(bases) > 1 and (kind == "cpu" or cast != dtype):
         weights, biases = [torch.cat(weights)], [None if biases[0] is None else torch.cat(biases)]
@@ -111,6 +110,12 @@ def fused(*linears: torch.nn.Module, features_first: bool = False) -> Callable[[
     down = torch.cat([down for down, _ in adapters]).to(cast)  # [all ranks, in]
     up = torch.block_diag(*(up for _, up in adapters)).to(cast)  # [out, all ranks]
     return lambda x: product(x).addmm_(torch.nn.functional.linear(x, down), up.mT)
+
+
+def precision(weight: torch.Tensor) -> torch.dtype:
+    """What autocast computes products with this weight in; without autocast that of the weight."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def low_rank(linear: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:

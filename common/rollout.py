@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 from common.forward import Prefix, forward_prompts
-from common.layers import fused, normalize, rms_norm, rotary_tables
+from common.layers import fused, normalize, precision, rms_norm, rotary_tables
 from common.model import Policy, Prompts
 
 # Ended rows are looked for every so many tokens, which costs a wait for the device, and are dropped when no more than
 # this share of the rows goes on, which costs a copy of the cache and, where steps are recorded, another recording.
 DROP_EVERY = 4
 DROP_BELOW, DROP_RECORDED_BELOW = 0.75, 0.5
+BLOCK = 128  # words of a large vocabulary whose probabilities are summed first; the families' sizes are multiples
 GRAPH_TOKENS = 128  # a CUDA graph reads so many places of the cache more than the one before
 
 
@@ -73,11 +74,13 @@ def sample(
         decoder = Decoder(model, prefix, group_size, max_new_tokens)
         active = torch.arange(rows, device=device)  # [A] the rows still decoded
         hidden = prefix.states[:, -1].repeat_interleave(group_size, dim=0)  # [A, H]
-        banned = torch.zeros(policy.banned.shape, device=device).masked_fill(policy.banned, -1e30)  # [V]
+        head = model.get_output_embeddings().weight
+        head = head.to(precision(head))  # [V, H]
+        bias = torch.zeros(len(head), dtype=head.dtype, device=device).masked_fill(policy.banned, -1e30)  # [V]
         del prefix  # all that is still needed of it has been copied
         torch.clear_autocast_cache()  # a copy of the weights, which the decoder has in its own arrangement
         for t in range(max_new_tokens):
-            logits = decoder.head(hidden).float() + banned  # [A, V]
+            logits = torch.nn.functional.linear(hidden, head, bias)  # [A, V]
             draw = None if uniforms is None else uniforms[active, t]  # [A]
             tokens, token_logprobs = draw_tokens(logits, draw, temperature, top_p, top_k)
             ids[active, t] = tokens
@@ -115,7 +118,9 @@ def draw_tokens(
 
     Returns tokens [A] and their log-probabilities [A] float32 under the whole distribution.
     """
-    whole = (logits / (temperature or 1.0)).softmax(-1)  # [A, V]
+    if temperature not in (0.0, 1.0):
+        logits = logits.float() / temperature
+    whole = logits.softmax(-1, dtype=torch.float32)  # [A, V]
     if temperature == 0:
         tokens = logits.argmax(-1)
     else:
@@ -128,11 +133,31 @@ def draw_tokens(
             before = ranked.cumsum(-1) - ranked  # a token stays if what stands before it is less than top_p
             ranked = ranked.where(before < top_p * ranked.sum(-1, keepdim=True), 0)
             probabilities = torch.zeros_like(probabilities).scatter(-1, order, ranked)
-        # float64: the sum of 150,000 probabilities must not swallow the small ones.
-        cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-        # The first token whose cumulative probability exceeds u: never one of probability 0.
-        tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
+        tokens = find(probabilities, uniforms)
     return tokens, whole.gather(-1, tokens[:, None])[:, 0].log()
+
+
+def find(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The first places [A] where the running sum of weights [A, V] exceeds that share [A] of the whole: never one of
+    weight 0. In float64, for the sum of 150,000 probabilities must not swallow the small ones; of many weights blocks
+    are summed up first and one block is gone through, since running sums are slow.
+    """
+
+    def place(weights, shares):
+        sums = weights.cumsum(-1, dtype=torch.float64)
+        wanted = shares.clamp(0, 1 - 2**-52) * sums[:, -1:]
+        found = torch.searchsorted(sums, wanted, right=True)  # [A, 1]
+        return found, wanted - sums.gather(-1, found)
+
+    if weights.shape[-1] <= 8 * BLOCK:
+        return place(weights, uniforms[:, None])[0][:, 0]
+    if short := -weights.shape[-1] % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, short))
+    blocks = weights.unflatten(-1, (-1, BLOCK))
+    sums = blocks.sum(-1)  # [A, blocks]
+    block, beyond = place(sums, uniforms[:, None])
+    inside = blocks.take_along_dim(block[..., None], 1)[:, 0]  # [A, BLOCK]
+    return block[:, 0] * BLOCK + place(inside, 1 + beyond / sums.gather(-1, block))[0][:, 0]
 
 
 class Decoder:
@@ -157,7 +182,6 @@ class Decoder:
         self.out = [fused(a.o_proj) for a in attentions]
         self.gate_up = [fused(m.gate_proj, m.up_proj, features_first=True) for m in mlps]
         self.down = [fused(m.down_proj) for m in mlps]
-        self.head = fused(model.get_output_embeddings())
         # Heads stand in front of rows, so that a prompt's rows lie side by side and are a matrix without a copy.
         prompts, heads, _, size = prefix.values[0].shape
         dtype = prefix.values[0].dtype

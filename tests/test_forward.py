@@ -186,6 +186,29 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [2, 100])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_heads_own_gradient_is_autograds(frozen, chunk, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(*size, generator=generator) for size in ((3, 4, 8), (11, 8)))
+    ids, weights = torch.randint(0, 9, (3, 4), generator=generator), torch.randn(3, 4, generator=generator)
+    mask, banned = torch.arange(4) < torch.tensor([[4], [1], [3]]), torch.arange(11) >= 9
+    monkeypatch.setattr("common.forward.LOGIT_BUDGET", chunk * 11)
+    inputs = [hidden.requires_grad_(), head.requires_grad_(not frozen)]
+    logprobs, entropy = token_logprobs(*inputs, ids, mask, banned, 0.7)
+    (logprobs * weights).sum().backward()
+
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    whole = (exact[0] @ exact[1].T / 0.7).masked_fill(banned, -torch.inf).log_softmax(-1)
+    expected = whole.gather(-1, ids[..., None])[..., 0] * mask
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(logprobs, expected.float())
+    torch.testing.assert_close(entropy, (torch.distributions.Categorical(logits=whole).entropy() * mask).float())
+    assert not entropy.requires_grad
+    torch.testing.assert_close(hidden.grad, exact[0].grad.float())
+    assert head.grad is None if frozen else torch.allclose(head.grad, exact[1].grad.float(), atol=1e-6)
+
+
 def test_micro_batches_hold_every_prompt_once_within_the_budget():
     lengths = torch.tensor([5, 9, 2, 2, 7, 7, 1, 3])  # four prompts, two rows each
     mask = torch.arange(9) < lengths[:, None]

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from common import evaluate
-from common.forward import Scorer, forward_completions, forward_prompts
+from common.forward import Scorer, forward_completions, forward_prompts, token_logprobs
 from common.rollout import Decoder, sample
 from common.run import memory_advice
 from tests.benchmarks.memory import Options, sampling, update
@@ -108,6 +108,18 @@ def test_with_slices_a_larger_group_needs_hardly_more_memory():
     small_sliced, large_sliced = (score_and_go_back(policy, group, slice_tokens=2 * 48)[2] for group in (4, 8))
     assert small_sliced < small / 2
     assert large_sliced - small_sliced < (large - small) / 5, "its scores, but not its activations"
+
+
+def test_the_head_holds_a_few_chunks_of_logits_at_a_time(monkeypatch):
+    vocabulary, chunk, chunks = 1000, 16, 20
+    monkeypatch.setattr("common.forward.LOGIT_BUDGET", chunk * vocabulary)
+    hidden = torch.randn(1, chunk * chunks, 8, requires_grad=True)
+    head = torch.randn(vocabulary, 8, requires_grad=True)
+    ids, mask = random_completions(1, chunk * chunks)
+    with PeakBytes() as memory:
+        logprobs, _ = token_logprobs(hidden, head, ids, mask, torch.zeros(vocabulary, dtype=torch.bool), 1.0)
+        logprobs.sum().backward()
+    assert memory.most < 5 * chunk * vocabulary * 4, "of 20 chunks"
 
 
 class AliveAtEach(TorchDispatchMode):

@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 from common.forward import Scorer
 from common.layers import low_rank
 from common.model import LORA_TARGETS
-from common.rollout import decode, draw_tokens, sample, uniform_numbers
+from common.rollout import BLOCK, decode, draw_tokens, find, sample, uniform_numbers
 from tests.small_models import FAMILIES, small_policy, small_prompts
 
 GROUP, TOKENS = 3, 12
@@ -99,6 +99,28 @@ def test_token_frequencies_match_the_models_probabilities():
         expected *= len(uniforms) / expected.sum()
         assert chisquare(counts[possible].numpy(), expected.numpy()).pvalue > 1e-3
         torch.testing.assert_close(logprobs[:50], (logits / settings[0]).log_softmax(-1)[tokens[:50]])
+
+
+@pytest.mark.parametrize("vocabulary", [48 * BLOCK, 6000])
+def test_of_a_large_vocabulary_the_same_token_is_drawn_through_blocks(vocabulary):
+    generator = torch.Generator().manual_seed(0)
+    weights = (torch.randn(200, vocabulary, generator=generator) * 4).softmax(-1)
+    weights = weights.where(weights > 1e-4, 0)  # whole blocks have no weight
+    uniforms = torch.rand(200, generator=generator, dtype=torch.float64)
+    uniforms[:4] = torch.tensor([0, 1 - 2**-53, 0.5, 1e-300], dtype=torch.float64)
+    tokens = find(weights, uniforms)
+    assert (weights.gather(-1, tokens[:, None]) > 0).all()
+    sums = weights.double().cumsum(-1)
+    wanted = uniforms.clamp(max=1 - 2**-52)[:, None] * sums[:, -1:]
+    assert torch.equal(tokens, torch.searchsorted(sums, wanted, right=True)[:, 0])
+
+    # Drawn often enough, frequencies are the weights.
+    row, many = weights[:1], torch.rand(50_000, generator=generator, dtype=torch.float64)
+    counts = torch.bincount(find(row.expand(len(many), -1), many), minlength=vocabulary)
+    likely, shares = row[0] > 1e-3, row[0].double() / row[0].double().sum()
+    observed = torch.cat([counts[likely], counts[~likely].sum()[None]])
+    expected = torch.cat([shares[likely], shares[~likely].sum()[None]]) * len(many)
+    assert chisquare(observed.numpy(), expected.numpy()).pvalue > 1e-3
 
 
 def test_sampled_completions_follow_the_models_own_probabilities():

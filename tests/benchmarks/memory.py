@@ -26,7 +26,7 @@ from common.forward import LOGIT_BUDGET
 GIB = 2**30
 HEAD, VOCABULARY = 128, 151936
 PATCHES_A_TOKEN, PATCH_VOLUME = 4, 3 * 2 * 16 * 16
-DRAW_BYTES = 24  # a row and word while a token is drawn: logits twice, probabilities, their sums in float64, room
+DRAW_BYTES = 24  # a row and word while a token is drawn: logits, probabilities, and both sorted where top-p wants it
 # hidden size, layers, heads, key heads, MLP size, shared output head; vision tower: depth, hidden size, MLP, deepstack
 SHAPES = {
     "2B": ((2048, 28, 16, 8, 6144, True), (24, 1024, 4096, [5, 11, 17])),
