@@ -213,7 +213,6 @@ def run_layer(layer, hidden, mask, rotary, past, recompute: bool, spread=None):
         new = []
 
         def attend(q, k, v):
-            k = k.to(v.dtype)  # under autocast rotated keys come in float32, but attention computes in v's precision
             new.extend((k, v))
             if past:
                 k, v = (torch.cat([spread(old), own], dim=2) for old, own in zip(past, (k, v), strict=True))

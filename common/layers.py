@@ -59,14 +59,17 @@ def attention(
         scores = scores + torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
         weights = scores.softmax(-1).view(batch, k.shape[1], -1, k.shape[2])
         return (weights @ v).view(batch, heads, tokens, size)
-    q = q.to(v.dtype)  # under autocast rotated queries come in float32
     attend = torch.nn.functional.scaled_dot_product_attention
     if causal:
         q = torch.nn.functional.pad(q, (0, 0, before, 0))
         return attend(q, k, v, is_causal=True, scale=scale, enable_gqa=True)[:, :, before:]
-    # Of the kernels that need no memory for the scores, none takes both a mask and fewer keys.
-    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-    return attend(q, k, v, mask, scale=scale)
+    # Of the kernels that need no memory for the scores, none takes both a mask and fewer keys: for the query heads that
+    # share a key head either the mask is repeated, as above, or the keys are, whichever takes less.
+    if tokens <= k.shape[1] * size:
+        q, mask = q.reshape(batch, k.shape[1], -1, size), mask.tile(heads // k.shape[1], 1)
+    else:
+        k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    return attend(q, k, v, mask, scale=scale).reshape(batch, heads, tokens, size)
 
 
 def rotary_tables(text: torch.nn.Module, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,8 +80,24 @@ def rotary_tables(text: torch.nn.Module, positions: torch.Tensor) -> tuple[torch
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions on heads [B, T, heads, D]. Rotating halves, (-x2, x1), is a roll whose sign `sin` carries."""
-    return torch.addcmul(x * cos[:, :, None], x.roll(x.shape[-1] // 2, -1), sin[:, :, None])
+    """Rotary positions on heads [B, T, heads, D], in float32 and rounded once to their precision."""
+    return Rotate.apply(x, cos[:, :, None], sin[:, :, None])
+
+
+class Rotate(torch.autograd.Function):
+    """Heads turned by an angle a pair. Rotating halves, (-x2, x1), is a roll whose sign `sin` carries. The gradient is
+    turned back: both halves have the same angles, so that sin rolled is -sin."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin, out=torch.empty_like(x))
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        rolled = grad.roll(grad.shape[-1] // 2, -1)
+        return torch.addcmul(grad * cos, rolled, sin, value=-1, out=torch.empty_like(grad)), None, None
 
 
 def fused(*linears: torch.nn.Module, features_first: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -100,12 +100,17 @@ def test_the_norm_has_the_gradient_of_its_formula():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("length", [5, 7, 9], ids=["square", "few keys before", "many keys before"])
-def test_all_ways_to_attend_agree(monkeypatch, length, masked):
-    shapes = (2, 6, 5, 16), (2, 2, length, 16), (2, 2, length, 16)
+@pytest.mark.parametrize(
+    "tokens, length",
+    [(5, 5), (5, 7), (5, 9), (40, 70)],
+    ids=["square", "few keys before", "many keys before", "many queries"],
+)
+def test_all_ways_to_attend_agree(monkeypatch, tokens, length, masked):
+    shapes = (2, 6, tokens, 16), (2, 2, length, 16), (2, 2, length, 16)
     q, k, v = (torch.randn(shape, requires_grad=True) for shape in shapes)
-    weights = torch.randn(2, 6, 5, 16)
-    mask = torch.rand(2, 1, 5, length) < 0.7 if masked else torch.ones(2, 1, 5, length).bool().tril(length - 5)
+    weights = torch.randn(2, 6, tokens, 16)
+    mask = torch.ones(2, 1, tokens, length, dtype=torch.bool).tril(length - tokens)
+    mask = torch.rand(mask.shape) < 0.7 if masked else mask
     mask[..., 0] = True  # a row of a softmax may not be empty
     scores = 0.3 * q @ k.repeat_interleave(3, dim=1).mT
     expected = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v.repeat_interleave(3, dim=1)

@@ -9,7 +9,7 @@ bfloat16 copies under autocast, gradients and Adam's two moments in float32, and
 the keys and values of prompts and completions, the distributions of one token. Evaluation: the same for a batch of
 `--evaluation-prompts`, one completion each, where the prompts' own forward takes most. Update: one micro-batch with
 recomputation, that is a state a layer and token, the prompts' keys and values with their gradients, one layer's
-insides with the keys and values spread over rows, one chunk of logits; a group above the micro-batch in slices of rows.
+insides with keys, values and mask spread over rows, one chunk of logits; a group above the micro-batch in slices.
 Gradients are counted in all phases: while sampling, which has none, its own copies of the weights take no more room.
 10 % are kept free.
 """
@@ -128,8 +128,13 @@ def update(name: str, lora: bool, options: Options) -> int:
     kept = (before + own) * layers * state + 2 * groups * tokens * state  # and the scores' states
     if not lora:  # with adapters the vision tower is frozen, and nothing of it is kept
         kept += groups * options.image_tokens * PATCHES_A_TOKEN * depth * vision_width * 4
-    spread = rows * (options.width + options.completion) * 2 * (key_heads + heads) * HEAD * 2
-    inside = max(before * inside_layer(name, True), own * inside_layer(name, True) + 2 * spread)
+    seen = options.width + options.completion
+    spread, mask = rows * seen * 2 * key_heads * HEAD * 2, rows * options.completion * seen * 3
+    if options.completion <= key_heads * HEAD:  # as `common.layers.attention` decides
+        mask *= heads // key_heads
+    else:
+        spread += rows * seen * 2 * heads * HEAD * 2
+    inside = max(before * inside_layer(name, True), own * inside_layer(name, True) + 2 * spread + mask)
     backward = 2 * before * keys_and_values(name) + inside + 3 * LOGIT_BUDGET * 4
     return kept + max(vision_inside(name, groups, options), backward)
 
