@@ -7,19 +7,14 @@ from PIL import Image
 from common.model import encode_prompts, load_policy
 from common.rollout import sample, uniform_numbers
 from tests.benchmarks import grpo_step
-from tests.benchmarks.memory import SHAPES, configuration
-from tests.benchmarks.random_model import write_random_model
-
-# hidden size, layers, heads, key heads, MLP size, shared output head; vision tower: depth, hidden size, MLP, deepstack
-SMALL = ((64, 2, 2, 1, 96, True), (2, 64, 96, [0]))
+from tests.benchmarks.memory import configuration
+from tests.benchmarks.random_model import SMALL, write_random_model
 
 
 @pytest.fixture(scope="module")
 def random_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("random")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SHAPES, "small", SMALL)
-        write_random_model(configuration("small"), folder)
+    write_random_model(configuration(SMALL), folder)
     return folder
 
 

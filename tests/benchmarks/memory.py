@@ -60,8 +60,9 @@ class Options:
         return max(1, min(64, self.micro_batch_tokens // self.completion))
 
 
-def configuration(name: str) -> Qwen3VLConfig:
-    (hidden, layers, heads, key_heads, mlp, tied), (depth, width, vision_mlp, deepstack) = SHAPES[name]
+def configuration(shape: tuple) -> Qwen3VLConfig:
+    """The settings of a model of a shape as those of `SHAPES`."""
+    (hidden, layers, heads, key_heads, mlp, tied), (depth, width, vision_mlp, deepstack) = shape
     return Qwen3VLConfig(
         text_config=dict(
             hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=key_heads,
@@ -79,7 +80,7 @@ def configuration(name: str) -> Qwen3VLConfig:
 def parameters(name: str) -> int:
     """Counted on the model itself, built without memory."""
     with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration(configuration(name))
+        model = Qwen3VLForConditionalGeneration(configuration(SHAPES[name]))
     model.tie_weights()
     return sum({id(p): p.numel() for p in model.parameters()}.values())
 

@@ -18,8 +18,9 @@ import tyro
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from common.model import TINY
-from tests.benchmarks.memory import configuration
+from tests.benchmarks.memory import SHAPES, configuration
 
+SMALL = ((64, 2, 2, 1, 96, True), (2, 64, 96, [0]))  # as `SHAPES`: a real vocabulary and little else
 MAX_PIXELS = 2048 * 2048  # of an image: 4,096 tokens
 
 
@@ -47,9 +48,10 @@ def write_random_model(config: Qwen3VLConfig, folder: Path) -> None:
 
 
 def main(
-    size: Annotated[Literal["2B", "4B", "8B"], tyro.conf.Positional], folder: Annotated[Path, tyro.conf.Positional]
+    size: Annotated[Literal["small", "2B", "4B", "8B"], tyro.conf.Positional],
+    folder: Annotated[Path, tyro.conf.Positional],
 ) -> None:
-    write_random_model(configuration(size), folder)
+    write_random_model(configuration(SHAPES.get(size, SMALL)), folder)
     print(f"{folder}: {sum(file.stat().st_size for file in folder.iterdir()) / 1e9:.1f} GB")
 
 
