@@ -52,7 +52,7 @@ def main(
     folder: Annotated[Path, tyro.conf.Positional],
 ) -> None:
     write_random_model(configuration(SHAPES.get(size, SMALL)), folder)
-    print(f"{folder}: {sum(file.stat().st_size for file in folder.iterdir()) / 1e9:.1f} GB")
+    print(f"{folder}: {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:,.0f} MB")
 
 
 if __name__ == "__main__":
