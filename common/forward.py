@@ -8,7 +8,7 @@ separate padded rows, for a fraction of the work.
 A policy that has grown sure samples the same completion several times in a group; such rows are forwarded once.
 
 Nothing of size rows x tokens x vocabulary is ever kept: `token_logprobs` runs the output head over chunks of tokens
-and runs it again in the backward pass.
+and, if they are more than one, runs it again in the backward pass.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -262,8 +262,8 @@ class TokenLogprobs(torch.autograd.Function):
         def chunk(rows, targets):
             logprobs = torch.nn.functional.linear(rows, weight, bias).float().log_softmax(-1)  # [C, V]
             p = logprobs.exp()
-            entropy = -torch.linalg.vecdot(p, logprobs)
-            return logprobs.gather(-1, targets[:, None])[:, 0], entropy, p if single else None
+            kept, terms = (p, p * logprobs) if single else (None, p.mul_(logprobs))
+            return logprobs.gather(-1, targets[:, None])[:, 0], -terms.sum(-1), kept
 
         logprobs, entropy, kept = zip(*map(chunk, rows.split(size), targets.split(size)), strict=True)
         logprobs, entropy = torch.cat(logprobs), torch.cat(entropy)
@@ -276,14 +276,16 @@ class TokenLogprobs(torch.autograd.Function):
         rows, head, bias, targets, kept = ctx.saved_tensors
         weight, size = head.to(rows.dtype), max(1, LOGIT_BUDGET // len(head))
         grad_rows = torch.empty_like(rows)
-        grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
-        for i in range(0, len(rows), size):
+        grad_head = None
+        for i in range(0, max(1, len(rows)), size):
             own, g = rows[i : i + size], grad[i : i + size, None]  # [C, H], [C, 1]
             p = torch.nn.functional.linear(own, weight, bias).float().softmax(-1) if kept is None else kept.clone()
             grad_logits = p.mul_(-g).scatter_add_(-1, targets[i : i + size, None], g).to(rows.dtype)  # [C, V]
             grad_rows[i : i + size] = grad_logits @ weight
-            if grad_head is not None:
-                grad_head += grad_logits.mT @ own
+            if ctx.needs_input_grad[1]:
+                product = grad_logits.mT @ own  # [V, H]
+                grad_head = product.to(head.dtype) if grad_head is None else grad_head.add_(product)
+            del p, grad_logits  # before the next ones are made
         return grad_rows, grad_head, None, None
 
 

@@ -29,7 +29,7 @@ def decoder_layer(
     q, k, v = (part.unflatten(-1, (-1, attention.head_dim)) for part in parts)  # [B, T, heads, D]
     if hasattr(attention, "q_norm"):  # Qwen3
         q, k = rms_norm(q, attention.q_norm), rms_norm(k, attention.k_norm)
-    q, k = rotate(q, *rotary), rotate(k, *rotary)
+    q, k = rotate(q, *rotary, v.dtype), rotate(k, *rotary, v.dtype)  # attention wants one precision
     gathered = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     hidden = hidden + attention.o_proj(gathered.transpose(1, 2).flatten(2))
     x = rms_norm(hidden, layer.post_attention_layernorm)
@@ -79,9 +79,9 @@ def rotary_tables(text: torch.nn.Module, positions: torch.Tensor) -> tuple[torch
     return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions on heads [B, T, heads, D], in float32 and rounded once to their precision."""
-    return Rotate.apply(x, cos[:, :, None], sin[:, :, None])
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rotary positions on heads [B, T, heads, D], in float32 and rounded once to `dtype`."""
+    return Rotate.apply(x, cos[:, :, None], sin[:, :, None], dtype)
 
 
 class Rotate(torch.autograd.Function):
@@ -89,15 +89,17 @@ class Rotate(torch.autograd.Function):
     turned back: both halves have the same angles, so that sin rolled is -sin."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin):
+    def forward(ctx, x, cos, sin, dtype):
         ctx.save_for_backward(cos, sin)
-        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin, out=torch.empty_like(x))
+        ctx.dtype = x.dtype
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin, out=torch.empty_like(x, dtype=dtype))
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
         rolled = grad.roll(grad.shape[-1] // 2, -1)
-        return torch.addcmul(grad * cos, rolled, sin, value=-1, out=torch.empty_like(grad)), None, None
+        back = torch.empty_like(grad, dtype=ctx.dtype)
+        return torch.addcmul(grad * cos, rolled, sin, value=-1, out=back), None, None, None
 
 
 def fused(*linears: torch.nn.Module, features_first: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -105,8 +107,8 @@ def fused(*linears: torch.nn.Module, features_first: bool = False) -> Callable[[
     carry LoRA adapters, two small ones for these. Weights are brought to autocast's precision once, not at each call;
     where they have it already, on CUDA, they are not copied to stand together, and are a product each.
 
-    `features_first` lets the CPU lay the output out as [features, rows] and look at it transposed, which takes it four
-    fifths of the time where the features are many times the rows.
+    `features_first` lets the CPU lay the output out as [features, rows] and look at it transposed, which takes two
+    threads four fifths of the time where the features are many times the rows; of few rows it does not.
     """
     bases = [getattr(linear, "base_layer", linear) for linear in linears]
     adapters = [low_rank(linear) for linear in linears]
@@ -114,12 +116,13 @@ def fused(*linears: torch.nn.Module, features_first: bool = False) -> Callable[[
         return lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
 
     kind, dtype, cast = bases[0].weight.device.type, bases[0].weight.dtype, precision(bases[0].weight)
-    weights, biases = [base.weight.to(cast) for base in bases], [base.bias for base in bases]  # [out, in] each
+    weights = [base.weight.to(cast) for base in bases]  # [out, in] each
+    biases = [None if base.bias is None else base.bias.to(cast) for base in bases]
     if len(bases) > 1 and (kind == "cpu" or cast != dtype):
         weights, biases = [torch.cat(weights)], [None if biases[0] is None else torch.cat(biases)]
 
     def product(x: torch.Tensor) -> torch.Tensor:
-        if features_first and kind == "cpu" and biases[0] is None:
+        if features_first and len(x) >= 16 and kind == "cpu" and biases[0] is None:
             return (weights[0] @ x.mT).mT
         parts = [torch.nn.functional.linear(x, *pair) for pair in zip(weights, biases, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
@@ -149,7 +152,9 @@ def low_rank(linear: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor] | Non
         return None
     (name,) = names
     down, up, dropout = linear.lora_A[name], linear.lora_B[name], linear.lora_dropout[name]
-    if up.bias is not None or (dropout.training and not isinstance(dropout, torch.nn.Identity)):
+    if type(up) is not torch.nn.Linear or up.bias is not None:
+        return None
+    if dropout.training and type(dropout) is not torch.nn.Identity:
         return None
     return down.weight, up.weight * linear.scaling[name]
 
@@ -157,7 +162,8 @@ def low_rank(linear: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor] | Non
 def rms_norm(x: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
     """x / sqrt(mean of x^2 + eps) * weight over the last dimension, computed in float32."""
     if x.device.type != "cpu":
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.variance_epsilon)
+        with torch.autocast(x.device.type, enabled=False):  # some releases would return float32
+            return torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.variance_epsilon)
     if torch.is_grad_enabled():
         return RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
     return (normalize(x, norm.variance_epsilon) * norm.weight).to(x.dtype)
@@ -166,7 +172,8 @@ def rms_norm(x: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
 def normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean of x^2 + eps) over the last dimension."""
     if x.device.type != "cpu":
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], None, eps)
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.nn.functional.rms_norm(x, x.shape[-1:], None, eps)
     return x * inverse_rms(x, eps)
 
 

@@ -162,6 +162,8 @@ def load_policy(
 
         with loading(name, adapter):
             model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+            if hasattr(model.get_output_embeddings(), "lora_A"):
+                raise ValueError("its adapter changes the output head, which is not supported")
     elif lora_rank:
         from peft import LoraConfig, get_peft_model
 

@@ -139,8 +139,8 @@ def draw_tokens(
 
 def find(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """The first places [A] where the running sum of weights [A, V] exceeds that share [A] of the whole: never one of
-    weight 0. In float64, for the sum of 150,000 probabilities must not swallow the small ones; of many weights blocks
-    are summed up first and one block is gone through, since running sums are slow.
+    weight 0. Running sums are in float64, for that of 150,000 probabilities must not swallow the small ones; of many
+    weights blocks are summed up first and one block is gone through, since running sums are slow.
     """
 
     def place(weights, shares):

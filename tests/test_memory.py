@@ -119,7 +119,7 @@ def test_the_head_holds_a_few_chunks_of_logits_at_a_time(monkeypatch):
     with PeakBytes() as memory:
         logprobs, _ = token_logprobs(hidden, head, ids, mask, torch.zeros(vocabulary, dtype=torch.bool), 1.0)
         logprobs.sum().backward()
-    assert memory.most < 5 * chunk * vocabulary * 4, "of 20 chunks"
+    assert memory.most < 5 * chunk * vocabulary * 4, "five of 20 chunks"
 
 
 class AliveAtEach(TorchDispatchMode):

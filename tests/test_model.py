@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from common.forward import Scorer
@@ -43,6 +44,15 @@ def test_lora_trains_adapters_only_and_loads_from_its_folder(family, tmp_path):
     assert not torch.allclose(adapted, scores(small_policy(family)), atol=1e-3)
     save_policy(policy, tmp_path)
     torch.testing.assert_close(scores(load_policy(str(tmp_path))), adapted)
+
+
+def test_an_adapter_of_the_output_head_is_refused(tmp_path):
+    policy = small_policy()
+    model = get_peft_model(policy.base, LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    model.peft_config["default"].base_model_name_or_path = small_folder("qwen3_vl")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="its adapter changes the output head"):
+        load_policy(str(tmp_path))
 
 
 def test_image_tokens_fill_the_grid_of_each_image():

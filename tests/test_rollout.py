@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from scipy.stats import chisquare
 
 from common.forward import Scorer
@@ -15,6 +15,7 @@ from common.rollout import BLOCK, decode, draw_tokens, find, sample, uniform_num
 from tests.small_models import FAMILIES, small_policy, small_prompts
 
 GROUP, TOKENS = 3, 12
+RANK = {"r": 4, "lora_alpha": 8}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -50,29 +51,52 @@ def test_sampled_logprobs_equal_teacher_forced_ones(family, settings):
 @pytest.mark.parametrize(
     "adapter, folded",
     [
-        ({"target_modules": LORA_TARGETS}, True),
-        ({"target_modules": ["q_proj", "v_proj", "up_proj"], "use_rslora": True}, True),
-        ({"target_modules": LORA_TARGETS, "use_dora": True}, False),
-        ({"target_modules": LORA_TARGETS, "lora_bias": True}, False),
+        (LoraConfig(target_modules=LORA_TARGETS, **RANK), True),
+        (LoraConfig(target_modules=["q_proj", "v_proj", "up_proj"], use_rslora=True, **RANK), True),
+        (LoraConfig(target_modules=LORA_TARGETS, use_dora=True, **RANK), False),
+        (LoraConfig(target_modules=LORA_TARGETS, lora_bias=True, **RANK), False),
+        (AdaLoraConfig(target_modules=LORA_TARGETS, init_r=4, total_step=9), False),
     ],
 )
 def test_adapters_are_part_of_the_sampling_policy(adapter, folded):
     """Few operations for an adapter of two matrices; peft's own for what does more."""
     policy = small_policy()
     plain = sample_small(policy)
-    policy = replace(policy, model=get_peft_model(policy.base, LoraConfig(r=4, lora_alpha=8, **adapter)))
-    with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    policy = replace(policy, model=get_peft_model(policy.base, adapter))
+    draw_adapters(policy)
     rollout = sample_small(policy)
-    prompts, _, _ = small_prompts(policy)
-    scores = Scorer(policy)(prompts, rollout.completion_ids, rollout.completion_mask)
-    torch.testing.assert_close(rollout.old_logprobs, scores.logprobs.detach(), atol=1e-4, rtol=0)
+    assert_scored_as_sampled(policy, rollout)
     assert (rollout.old_logprobs[:, 0] - plain.old_logprobs[:, 0]).abs().max() > 0.01
     assert (low_rank(policy.base.model.language_model.layers[0].self_attn.q_proj) is not None) == folded
     with policy.model.disable_adapter():
         assert torch.equal(sample_small(policy).completion_ids, plain.completion_ids)
+
+
+def test_merged_and_several_adapters_are_left_to_peft():
+    policy = small_policy()
+    policy = replace(policy, model=get_peft_model(policy.base, LoraConfig(target_modules=LORA_TARGETS, **RANK)))
+    draw_adapters(policy)
+    one = sample_small(policy).old_logprobs[:, 0]
+    policy.model.merge_adapter()
+    torch.testing.assert_close(sample_small(policy).old_logprobs[:, 0], one, atol=1e-4, rtol=0)
+    policy.model.unmerge_adapter()
+    policy.model.add_adapter("second", LoraConfig(target_modules=LORA_TARGETS, **RANK))
+    draw_adapters(policy)
+    policy.model.base_model.set_adapter(["default", "second"])
+    assert_scored_as_sampled(policy, sample_small(policy))
+
+
+def draw_adapters(policy):
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name or "lora_E" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+
+
+def assert_scored_as_sampled(policy, rollout):
+    prompts, _, _ = small_prompts(policy)
+    scores = Scorer(policy)(prompts, rollout.completion_ids, rollout.completion_mask)
+    torch.testing.assert_close(rollout.old_logprobs, scores.logprobs.detach(), atol=1e-4, rtol=0)
 
 
 def sample_small(policy):
@@ -113,6 +137,13 @@ def test_of_a_large_vocabulary_the_same_token_is_drawn_through_blocks(vocabulary
     sums = weights.double().cumsum(-1)
     wanted = uniforms.clamp(max=1 - 2**-52)[:, None] * sums[:, -1:]
     assert torch.equal(tokens, torch.searchsorted(sums, wanted, right=True)[:, 0])
+
+    # A long tail of small weights, each below the rounding of a float32 sum, has its share too.
+    tail = torch.full((1, vocabulary), 2.0**-25)
+    tail[0, 0] = 1.0
+    share = 2.0**-25 * (vocabulary - 1)
+    middle = torch.tensor([1 - share / 2 / (1 + share)], dtype=torch.float64)
+    assert abs(find(tail, middle).item() - vocabulary / 2) < 2
 
     # Drawn often enough, frequencies are the weights.
     row, many = weights[:1], torch.rand(50_000, generator=generator, dtype=torch.float64)

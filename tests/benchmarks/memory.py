@@ -127,8 +127,10 @@ def update(name: str, lora: bool, options: Options) -> int:
     rows = min(groups * options.group_size, max(1, options.micro_batch_tokens // options.completion))  # at a time
     before, own, state = groups * options.width, rows * options.completion, hidden * (2 if lora else 4)
     kept = (before + own) * layers * state + 2 * groups * tokens * state  # and the scores' states
+    head_gradient = 0  # of a chunk, and the sum over chunks before it is added to the others
     if not lora:  # with adapters the vision tower is frozen, and nothing of it is kept
         kept += groups * options.image_tokens * PATCHES_A_TOKEN * depth * vision_width * 4
+        head_gradient = VOCABULARY * hidden * (2 + 4)
     seen = options.width + options.completion
     spread, mask = rows * seen * 2 * key_heads * HEAD * 2, rows * options.completion * seen * 3
     if options.completion <= key_heads * HEAD:  # as `common.layers.attention` decides
@@ -136,7 +138,7 @@ def update(name: str, lora: bool, options: Options) -> int:
     else:
         spread += rows * seen * 2 * heads * HEAD * 2
     inside = max(before * inside_layer(name, True), own * inside_layer(name, True) + 2 * spread + mask)
-    backward = 2 * before * keys_and_values(name) + inside + 3 * LOGIT_BUDGET * 4
+    backward = 2 * before * keys_and_values(name) + max(inside, head_gradient + 3 * LOGIT_BUDGET * 4)
     return kept + max(vision_inside(name, groups, options), backward)
 
 
