@@ -368,16 +368,16 @@ def main(args: Args) -> dict:
         reference = Scorer(frozen)
     first_step = run.restore(policy, optimizer)
 
+    evaluation = {
+        "template": args.prompt_template,
+        "max_new_tokens": args.max_completion_length,
+        "batch_prompts": max(1, min(64, args.micro_batch_tokens // args.max_completion_length)),
+        "seed": args.seed,
+        "accelerator": accelerator,
+    }
+
     def accuracy_on(examples):
-        return evaluate(
-            policy,
-            examples,
-            template=args.prompt_template,
-            max_new_tokens=args.max_completion_length,
-            batch_prompts=max(1, min(64, args.micro_batch_tokens // args.max_completion_length)),
-            seed=args.seed,
-            accelerator=accelerator,
-        )
+        return evaluate(policy, examples, **evaluation)
 
     # A process takes its share of each update's prompts: an update sees the same prompts on any number of them.
     shares = torch.arange(args.prompts_per_step).view(args.updates_per_rollout, processes, -1)

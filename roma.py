@@ -332,30 +332,21 @@ def main(args: Args) -> dict:
         reference = Scorer(frozen)
     first_step = run.restore(policy, optimizer)
 
+    evaluation = {
+        "template": args.prompt_template,
+        "max_new_tokens": args.max_completion_length,
+        "batch_prompts": max(1, min(64, args.micro_batch_tokens // args.max_completion_length)),
+        "seed": args.seed,
+        "accelerator": accelerator,
+    }
+
     def accuracy_on(examples):
-        return evaluate(
-            policy,
-            examples,
-            template=args.prompt_template,
-            max_new_tokens=args.max_completion_length,
-            batch_prompts=max(1, min(64, args.micro_batch_tokens // args.max_completion_length)),
-            seed=args.seed,
-            accelerator=accelerator,
-        )
+        return evaluate(policy, examples, **evaluation)
 
     def robustness_on(examples):
         """Accuracy on the first test examples, clean and under every seen and unseen corruption."""
-        return robustness(
-            policy,
-            [examples[n] for n in range(min(args.robust_examples, len(examples)))],
-            choose(("seen", "unseen")),
-            (1, 3, 5),
-            template=args.prompt_template,
-            max_new_tokens=args.max_completion_length,
-            batch_prompts=max(1, min(64, args.micro_batch_tokens // args.max_completion_length)),
-            seed=args.seed,
-            accelerator=accelerator,
-        )
+        first = [examples[n] for n in range(min(args.robust_examples, len(examples)))]
+        return robustness(policy, first, choose(("seen", "unseen")), (1, 3, 5), **evaluation)
 
     # A process takes its share of each update's prompts: an update sees the same prompts on any number of them.
     shares = torch.arange(args.prompts_per_step).view(args.updates_per_rollout, processes, -1)

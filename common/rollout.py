@@ -143,21 +143,24 @@ def find(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     weights blocks are summed up first and one block is gone through, since running sums are slow.
     """
 
-    def place(weights, shares):
-        sums = weights.cumsum(-1, dtype=torch.float64)
+    def place(sums, shares):
         wanted = shares.clamp(0, 1 - 2**-52) * sums[:, -1:]
-        found = torch.searchsorted(sums, wanted, right=True)  # [A, 1]
-        return found, wanted - sums.gather(-1, found)
+        return wanted, torch.searchsorted(sums, wanted, right=True)  # [A, 1] both
+
+    def running(weights):
+        return weights.cumsum(-1, dtype=torch.float64)
 
     if weights.shape[-1] <= 8 * BLOCK:
-        return place(weights, uniforms[:, None])[0][:, 0]
+        return place(running(weights), uniforms[:, None])[1][:, 0]
     if short := -weights.shape[-1] % BLOCK:
         weights = torch.nn.functional.pad(weights, (0, short))
     blocks = weights.unflatten(-1, (-1, BLOCK))
-    sums = blocks.sum(-1)  # [A, blocks]
-    block, beyond = place(sums, uniforms[:, None])
-    inside = blocks.take_along_dim(block[..., None], 1)[:, 0]  # [A, BLOCK]
-    return block[:, 0] * BLOCK + place(inside, 1 + beyond / sums.gather(-1, block))[0][:, 0]
+    totals = blocks.sum(-1)  # [A, blocks]
+    sums = running(totals)
+    wanted, block = place(sums, uniforms[:, None])
+    inside = running(blocks.take_along_dim(block[..., None], 1)[:, 0])  # [A, BLOCK]
+    left = (sums.gather(-1, block) - wanted) / totals.gather(-1, block)  # share of the block behind what is wanted
+    return block[:, 0] * BLOCK + place(inside, 1 - left)[1][:, 0]
 
 
 class Decoder:
