@@ -39,6 +39,7 @@ from common.designs import check_markers, check_tokenizer, design_rewards, overl
 from common.evaluate import evaluate, image_reliance, robustness, show_robustness
 from common.forward import Scorer, micro_batches, pack_views, rows_of, score_without_gradient
 from common.model import check_model, encode_prompts, load_policy, replace_images
+from common.parallel import distribute, gather_weights, in_step
 from common.rewards import score
 from common.rollout import decode, sample, uniform_numbers
 from common.run import Run, check_accelerate, check_flags, memory_advice
@@ -322,15 +323,15 @@ def main(args: Args) -> dict:
         args.model, device=device, lora_rank=args.lora_rank, max_pixels=args.max_pixels, seed=args.seed
     )
     check_tokenizer(args.reward, policy.tokenizer)
-    parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     scorer = Scorer(policy, gradient_checkpointing=device.type == "cuda", slice_tokens=args.micro_batch_tokens)
-    ddp_scorer = accelerator.prepare(scorer) if processes > 1 else scorer
+    trained_scorer, parameters = distribute(scorer, accelerator)
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     reference = None
     if args.kl_coef and not args.lora_rank:
         frozen = load_policy(args.model, device=device, max_pixels=args.max_pixels, trainable=False)
         reference = Scorer(frozen)
     first_step = run.restore(policy, optimizer)
+    gather_weights(scorer)
 
     evaluation = {
         "template": args.prompt_template,
@@ -473,7 +474,7 @@ def main(args: Args) -> dict:
                     args.micro_batch_tokens // (1 + len(views)),
                 )
             )
-            for number, batch in enumerate(batches):
+            for batch in in_step(batches, trained_scorer, accelerator, prompts, ids, mask):
                 members = [groups[n] for n in batch]
                 length = int(mask[rows_of(members, args.group_size)].sum(1).max())
                 viewed = [r for r in rows_of(members, args.group_size) if regularized[r]]
@@ -481,57 +482,53 @@ def main(args: Args) -> dict:
                 members = [n for n in members if trained[n]] or ([] if viewed else members)
                 own = rows_of(members, args.group_size)
                 own_mask = loss_mask[own, :length] & trained[members].repeat_interleave(args.group_size)[:, None]
-                last = number == len(batches) - 1
-                with contextlib.nullcontext() if last or processes == 1 else accelerator.no_sync(ddp_scorer):
-                    packed, rows_packed, prompt_of_row = pack_views(prompts, views, members, viewed, args.group_size)
-                    scores = ddp_scorer(
-                        packed, ids[rows_packed, :length], mask[rows_packed, :length], args.temperature, prompt_of_row
-                    )
-                    logprobs, view_logprobs = scores.logprobs.split([len(own), len(rows_packed) - len(own)])
-                    old = logprobs.detach() if old_logprobs is None else old_logprobs[own, :length]
-                    losses, ratio = policy_loss(logprobs, old, advantages[own, None], own_mask, args)
-                    sampled_logprobs = rollout.old_logprobs[own, :length]
-                    sums["mismatch"] += (old - sampled_logprobs)[own_mask].abs().sum()
-                    if args.tis_cap:
-                        losses = losses * importance_weights(old, sampled_logprobs, args.tis_cap)
-                    if ref_logprobs is not None:
-                        kl = k3_divergence(logprobs, ref_logprobs[own, :length])
-                        losses = losses + args.kl_coef * kl
-                        sums["kl"] += kl.detach()[own_mask].sum()
+                packed, rows_packed, prompt_of_row = pack_views(prompts, views, members, viewed, args.group_size)
+                scores = trained_scorer(
+                    packed, ids[rows_packed, :length], mask[rows_packed, :length], args.temperature, prompt_of_row
+                )
+                logprobs, view_logprobs = scores.logprobs.split([len(own), len(rows_packed) - len(own)])
+                old = logprobs.detach() if old_logprobs is None else old_logprobs[own, :length]
+                losses, ratio = policy_loss(logprobs, old, advantages[own, None], own_mask, args)
+                sampled_logprobs = rollout.old_logprobs[own, :length]
+                sums["mismatch"] += (old - sampled_logprobs)[own_mask].abs().sum()
+                if args.tis_cap:
+                    losses = losses * importance_weights(old, sampled_logprobs, args.tis_cap)
+                if ref_logprobs is not None:
+                    kl = k3_divergence(logprobs, ref_logprobs[own, :length])
+                    losses = losses + args.kl_coef * kl
+                    sums["kl"] += kl.detach()[own_mask].sum()
+                weights = token_weights(own_mask, args.loss_type, total_rows, total_tokens, args.max_completion_length)
+                loss = (torch.where(own_mask, losses, 0) * weights).sum()
+                if viewed:
+                    view_mask = loss_mask[viewed, :length]  # [V, T]
+                    clean = rollout.old_logprobs[viewed, :length]
+                    if updates > 1:
+                        clean = logprobs[[own.index(r) for r in viewed]]
+                    view_logprobs = view_logprobs.view(args.num_views, len(viewed), length)  # [K, V, T]
+                    divergences = surrogate_kl(clean, view_logprobs, view_mask)  # [K, V, T]
+                    worst, winner = worst_case(divergences, view_mask, args.kl_worst_case)
+                    aux = aux_loss(view_logprobs, aux_view[viewed], advantages[viewed], view_mask)
                     weights = token_weights(
-                        own_mask, args.loss_type, total_rows, total_tokens, args.max_completion_length
+                        view_mask, args.loss_type, total_rows, total_tokens, args.max_completion_length
                     )
-                    loss = (torch.where(own_mask, losses, 0) * weights).sum()
-                    if viewed:
-                        view_mask = loss_mask[viewed, :length]  # [V, T]
-                        clean = rollout.old_logprobs[viewed, :length]
-                        if updates > 1:
-                            clean = logprobs[[own.index(r) for r in viewed]]
-                        view_logprobs = view_logprobs.view(args.num_views, len(viewed), length)  # [K, V, T]
-                        divergences = surrogate_kl(clean, view_logprobs, view_mask)  # [K, V, T]
-                        worst, winner = worst_case(divergences, view_mask, args.kl_worst_case)
-                        aux = aux_loss(view_logprobs, aux_view[viewed], advantages[viewed], view_mask)
-                        weights = token_weights(
-                            view_mask, args.loss_type, total_rows, total_tokens, args.max_completion_length
-                        )
-                        kl_term = args.kl_view_coef * (worst * weights).sum()
-                        aux_term = args.aux_coef * (aux * weights).sum()
-                        loss = loss + kl_term + aux_term
-                        sums["kl_loss"] += kl_term.detach()
-                        sums["aux_loss"] += aux_term.detach()
-                        sums["view_kl"] += worst.detach().sum()
-                        sums["view_kl_mean"] += divergences.detach().mean(0).sum()
-                        sums["aux"] += aux.detach().sum()
-                        sums["viewed"] += view_mask.sum()
-                        sums["clamped"] += (divergences.detach().amax(0) >= 10).sum()
-                        sums["view_advantage"] += (advantages[viewed].abs()[:, None] * view_mask).sum()
-                        gap = (clean - view_logprobs).detach()  # [K, V, T]
-                        cell = [[corruptions.index(d) for d in chosen_views[r // args.group_size]] for r in viewed]
-                        won = winner == torch.arange(args.num_views, device=device)[:, None, None]
-                        counts = torch.stack([gap * view_mask, won & view_mask, view_mask.expand_as(won)])
-                        cell = torch.tensor(cell, device=device).T.flatten()  # [K * V]
-                        by_corruption.index_add_(1, cell, counts.sum(-1).flatten(1))
-                    accelerator.backward(loss * processes)  # gradients are averaged over processes, the loss is a sum
+                    kl_term = args.kl_view_coef * (worst * weights).sum()
+                    aux_term = args.aux_coef * (aux * weights).sum()
+                    loss = loss + kl_term + aux_term
+                    sums["kl_loss"] += kl_term.detach()
+                    sums["aux_loss"] += aux_term.detach()
+                    sums["view_kl"] += worst.detach().sum()
+                    sums["view_kl_mean"] += divergences.detach().mean(0).sum()
+                    sums["aux"] += aux.detach().sum()
+                    sums["viewed"] += view_mask.sum()
+                    sums["clamped"] += (divergences.detach().amax(0) >= 10).sum()
+                    sums["view_advantage"] += (advantages[viewed].abs()[:, None] * view_mask).sum()
+                    gap = (clean - view_logprobs).detach()  # [K, V, T]
+                    cell = [[corruptions.index(d) for d in chosen_views[r // args.group_size]] for r in viewed]
+                    won = winner == torch.arange(args.num_views, device=device)[:, None, None]
+                    counts = torch.stack([gap * view_mask, won & view_mask, view_mask.expand_as(won)])
+                    cell = torch.tensor(cell, device=device).T.flatten()  # [K * V]
+                    by_corruption.index_add_(1, cell, counts.sum(-1).flatten(1))
+                accelerator.backward(loss * processes)  # gradients are averaged over processes, the loss is a sum
                 positive = advantages[own, None] > 0
                 sums["loss"] += loss.detach()
                 sums["scored"] += own_mask.sum()
@@ -541,6 +538,7 @@ def main(args: Args) -> dict:
             grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
             if run.check_gradients(grad_norm):
                 optimizer.step()
+                gather_weights(scorer)
                 grad_norms.append(float(grad_norm))
             optimizer.zero_grad()
 

@@ -40,6 +40,7 @@ from common.designs import check_markers, check_tokenizer, design_rewards, overl
 from common.evaluate import evaluate
 from common.forward import Scorer, micro_batches, rows_of, score_without_gradient
 from common.model import check_model, encode_prompts, load_policy
+from common.parallel import distribute, gather_weights, in_step
 from common.rewards import score
 from common.rollout import decode, sample, uniform_numbers
 from common.run import Run, check_accelerate, check_flags, memory_advice
@@ -339,15 +340,15 @@ def main(args: Args) -> dict:
         args.model, device=device, lora_rank=args.lora_rank, max_pixels=args.max_pixels, seed=args.seed
     )
     check_tokenizer(args.reward, policy.tokenizer)
-    parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     scorer = Scorer(policy, gradient_checkpointing=device.type == "cuda", slice_tokens=args.micro_batch_tokens)
-    ddp_scorer = accelerator.prepare(scorer) if processes > 1 else scorer
+    trained_scorer, parameters = distribute(scorer, accelerator)
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     reference = None
     if args.kl_coef and not args.lora_rank:
         frozen = load_policy(args.model, device=device, max_pixels=args.max_pixels, trainable=False)
         reference = Scorer(frozen)
     first_step = run.restore(policy, optimizer)
+    gather_weights(scorer)
 
     evaluation = {
         "template": args.prompt_template,
@@ -463,34 +464,30 @@ def main(args: Args) -> dict:
             batches = list(
                 micro_batches(mask[rows_of(groups, args.group_size)], width, args.group_size, args.micro_batch_tokens)
             )
-            for number, batch in enumerate(batches):
+            for batch in in_step(batches, trained_scorer, accelerator, prompts, ids, mask):
                 members = [groups[n] for n in batch]
                 own = rows_of(members, args.group_size)
                 length = int(mask[own].sum(1).max())
                 own_mask = loss_mask[own, :length] & trained[members].repeat_interleave(args.group_size)[:, None]
-                last = number == len(batches) - 1
-                with contextlib.nullcontext() if last or processes == 1 else accelerator.no_sync(ddp_scorer):
-                    scores = ddp_scorer(
-                        prompts.select(members), ids[own, :length], mask[own, :length], args.temperature
-                    )
-                    old = scores.logprobs.detach() if old_logprobs is None else old_logprobs[own, :length]
-                    if updates == 1:  # the policy still is the one that sampled
-                        look(members, own, scores)
-                    seeing = advantages[own, None] * focus["factor"][own, :length]  # [R, T]
-                    losses, ratio = policy_loss(scores.logprobs, old, seeing, own_mask, args)
-                    sampled_logprobs = rollout.old_logprobs[own, :length]
-                    sums["mismatch"] += (old - sampled_logprobs)[own_mask].abs().sum()
-                    if args.tis_cap:
-                        losses = losses * importance_weights(old, sampled_logprobs, args.tis_cap)
-                    if ref_logprobs is not None:
-                        kl = k3_divergence(scores.logprobs, ref_logprobs[own, :length])
-                        losses = losses + args.kl_coef * kl
-                        sums["kl"] += kl.detach()[own_mask].sum()
-                    weights = token_weights(
-                        own_mask, args.loss_type, total_rows, total_tokens, args.max_completion_length
-                    )
-                    loss = (torch.where(own_mask, losses, 0) * weights).sum()
-                    accelerator.backward(loss * processes)  # gradients are averaged over processes, the loss is a sum
+                scores = trained_scorer(
+                    prompts.select(members), ids[own, :length], mask[own, :length], args.temperature
+                )
+                old = scores.logprobs.detach() if old_logprobs is None else old_logprobs[own, :length]
+                if updates == 1:  # the policy still is the one that sampled
+                    look(members, own, scores)
+                seeing = advantages[own, None] * focus["factor"][own, :length]  # [R, T]
+                losses, ratio = policy_loss(scores.logprobs, old, seeing, own_mask, args)
+                sampled_logprobs = rollout.old_logprobs[own, :length]
+                sums["mismatch"] += (old - sampled_logprobs)[own_mask].abs().sum()
+                if args.tis_cap:
+                    losses = losses * importance_weights(old, sampled_logprobs, args.tis_cap)
+                if ref_logprobs is not None:
+                    kl = k3_divergence(scores.logprobs, ref_logprobs[own, :length])
+                    losses = losses + args.kl_coef * kl
+                    sums["kl"] += kl.detach()[own_mask].sum()
+                weights = token_weights(own_mask, args.loss_type, total_rows, total_tokens, args.max_completion_length)
+                loss = (torch.where(own_mask, losses, 0) * weights).sum()
+                accelerator.backward(loss * processes)  # gradients are averaged over processes, the loss is a sum
                 positive = advantages[own, None] > 0
                 sums["loss"] += loss.detach()
                 sums["scored"] += own_mask.sum()
@@ -500,6 +497,7 @@ def main(args: Args) -> dict:
             grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
             if run.check_gradients(grad_norm):
                 optimizer.step()
+                gather_weights(scorer)
                 grad_norms.append(float(grad_norm))
             optimizer.zero_grad()
 

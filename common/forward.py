@@ -14,6 +14,7 @@ and, if they are more than one, runs it again in the backward pass.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -25,8 +26,7 @@ from common.model import Policy, Prompts, join
 LOGIT_BUDGET = 2**26
 
 
-@dataclass
-class Scores:
+class Scores(NamedTuple):
     """What one forward says about R completions of T tokens. Entries outside the completion mask are 0."""
 
     logprobs: torch.Tensor  # [R, T] float32: log-probability of each token, at the sampling temperature
@@ -156,6 +156,9 @@ def forward_prompts(model: torch.nn.Module, prompts: Prompts, recompute: bool = 
         # Some releases cut them into images.
         levels = getattr(features, "deepstack_features", None) or []
         deepstack = [level if isinstance(level, torch.Tensor) else torch.cat(level) for level in levels]
+    elif torch.is_grad_enabled():  # the gradient of the vision tower is 0, not missing: processes average theirs
+        unused = [p.sum() for p in inner.visual.parameters() if p.requires_grad]
+        embeds = embeds + 0 * sum(unused) if unused else embeds
 
     mask = None
     if not bool(prompts.attention_mask.all()):
@@ -284,9 +287,9 @@ class TokenLogprobs(torch.autograd.Function):
             grad_rows[i : i + size] = grad_logits @ weight
             if ctx.needs_input_grad[1]:
                 product = grad_logits.mT @ own  # [V, H]
-                grad_head = product.to(head.dtype) if grad_head is None else grad_head.add_(product)
+                grad_head = product.float() if grad_head is None else grad_head.add_(product)
             del p, grad_logits  # before the next ones are made
-        return grad_rows, grad_head, None, None
+        return grad_rows, None if grad_head is None else grad_head.to(head.dtype), None, None
 
 
 def micro_batches(

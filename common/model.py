@@ -197,9 +197,10 @@ def keep_freed_memory() -> None:
         mallopt(-2, 2**26)  # M_TOP_PAD: fetched in pieces of 64 MiB
 
 
-def save_policy(policy: Policy, folder: str | Path) -> None:
-    """Write the model (or its adapter), tokenizer, chat template and image processor in Hugging Face format."""
-    policy.model.save_pretrained(folder, safe_serialization=True)
+def save_policy(policy: Policy, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the model (or its adapter), tokenizer, chat template and image processor in Hugging Face format. `weights`
+    by name, if given, are written in place of those that the model holds."""
+    policy.model.save_pretrained(folder, safe_serialization=True, state_dict=weights)
     policy.tokenizer.save_pretrained(folder)
     policy.image_processor.save_pretrained(folder)
 

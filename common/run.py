@@ -29,9 +29,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from common.model import Policy, load_policy, save_policy
+from common.parallel import part_of, whole
 from common.plot import plot_learning_curve
 
 BAD_STEPS_IN_A_ROW = 5
@@ -211,17 +213,19 @@ class Run:
         Raises:
             SystemExit: one line, on every process, when it cannot be written; older checkpoints are not touched.
         """
-        on_main(self.accelerator, lambda: self.write_checkpoint(step, policy, optimizer))
+        weights = whole(masters(policy, optimizer), keep=self.main)
+        state = whole(optimizer.state_dict(), keep=self.main)
+        on_main(self.accelerator, lambda: self.write_checkpoint(step, policy, weights, state))
 
-    def write_checkpoint(self, step: int, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    def write_checkpoint(self, step: int, policy: Policy, weights: dict | None, optimizer_state: dict) -> None:
         final = self.folder / "checkpoints" / f"step-{step:06d}"
         writing = final.with_name(f"writing-{final.name}")
         try:
             with one_line(f"checkpoint {final}"):
                 shutil.rmtree(writing, ignore_errors=True)
                 writing.mkdir()
-                save_policy(policy, writing)
-                torch.save({"step": step, "optimizer": optimizer.state_dict()}, writing / "trainer.pt")
+                save_policy(policy, writing, weights)
+                torch.save({"step": step, "optimizer": optimizer_state}, writing / "trainer.pt")
                 files = sorted(p for p in writing.rglob("*") if p.is_file())
                 for path in files:
                     sync(path)
@@ -242,9 +246,12 @@ class Run:
         folder = on_main(self.accelerator, self.newest_whole_checkpoint)
         step = 0
         if folder:
-            load_weights(policy, folder)
+            load_weights(policy, folder, masters(policy, optimizer))
             # On the CPU: load_state_dict moves what belongs on the device, and Adam's step counters do not.
             state = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
+            parameters = optimizer.param_groups[0]["params"]
+            for number, moments in state["optimizer"]["state"].items():
+                moments |= {name: part_of(value, parameters[number]) for name, value in moments.items()}
             optimizer.load_state_dict(state["optimizer"])
             step = state["step"]
         self.accelerator.wait_for_everyone()  # lines are dropped when all processes have their weights
@@ -309,6 +316,7 @@ class Run:
         if self.bar:
             self.bar.close()
         if torch.distributed.is_initialized():
+            self.accelerator.wait_for_everyone()
             # DDP would free the group while it holds the interpreter's lock, which a thread of the group may wait for.
             UNTIL_EXIT.append(torch.distributed.group.WORLD)
         self.accelerator.end_training()  # without it, processes may abort at exit while others still talk to them
@@ -340,7 +348,10 @@ def check_accelerate(accelerator: Accelerator) -> None:
     """Stop with one line where accelerate is configured for what the loops do not do."""
     kind, precision = accelerator.distributed_type, accelerator.mixed_precision
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise SystemExit(f"accelerate is configured for {kind.value}: only plain data parallelism is supported so far")
+        raise SystemExit(
+            f"accelerate is configured for {kind.value}: leave that out; all weights, where trained, are "
+            "shared out among processes as it is"
+        )
     if precision not in ("no", "bf16"):
         raise SystemExit(f"accelerate is configured for {precision}: arithmetic is bf16; pass --mixed_precision no")
     pieces = accelerator.gradient_accumulation_steps
@@ -436,8 +447,16 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
-def load_weights(policy: Policy, folder: Path) -> None:
-    """Put a checkpoint's weights, or its adapter's, into the model in place."""
+def masters(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor] | None:
+    """The sharded weights by name; None where none are sharded and the model holds all there is."""
+    parameters = optimizer.param_groups[0]["params"]
+    if not isinstance(parameters[0], DTensor):
+        return None
+    return dict(zip((name for name, _ in policy.model.named_parameters()), parameters, strict=True))
+
+
+def load_weights(policy: Policy, folder: Path, sharded: dict[str, torch.Tensor] | None = None) -> None:
+    """Put a checkpoint's weights, or its adapter's, into the model in place, or into the sharded weights."""
     try:
         if (folder / "adapter_model.safetensors").is_file():
             from peft import set_peft_model_state_dict
@@ -446,7 +465,11 @@ def load_weights(policy: Policy, folder: Path) -> None:
             strange = outcome.unexpected_keys
         else:
             # Loaded as any checkpoint is, since the names in a file are not always those in the model.
-            strange = policy.model.load_state_dict(load_policy(str(folder)).model.state_dict()).unexpected_keys
+            weights = load_policy(str(folder)).model.state_dict()
+            strange = [] if sharded else policy.model.load_state_dict(weights).unexpected_keys
+            with torch.no_grad():
+                for name, parameter in (sharded or {}).items():
+                    parameter.copy_(part_of(weights[name], parameter))
     except RuntimeError as error:
         strange = [str(error).splitlines()[-1].strip()[:200]]
     if strange:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 import tyro
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from common.parallel import whole
 from common.run import Run
 
 
@@ -22,17 +24,20 @@ def record(script: str, arguments: list[str]) -> dict:
     check, save = Run.check_gradients, Run.save
 
     def check_and_record(self, grad_norm):
-        seen["gradients"].append({n: p.grad.clone() for n, p in self.policy_for_tests if p.grad is not None})
+        gradients = {n: p.grad.clone() for n, p in self.parameters_for_tests if p.grad is not None}
+        seen["gradients"].append(whole(gradients, keep=True))
         return check(self, grad_norm)
 
     def save_and_record(self, step, policy, optimizer):
-        seen["weights"] = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
+        seen["weights"] = whole({n: p.detach().clone() for n, p in self.parameters_for_tests}, keep=True)
         save(self, step, policy, optimizer)
 
     restore = Run.restore
 
     def restore_and_remember(self, policy, optimizer):
-        self.policy_for_tests = list(policy.model.named_parameters())
+        names = [n for n, p in policy.model.named_parameters() if p.requires_grad]
+        self.parameters_for_tests = list(zip(names, optimizer.param_groups[0]["params"], strict=True))
+        seen["sharded"] = isinstance(self.parameters_for_tests[0][1], DTensor)
         seen["processes"] = self.accelerator.num_processes
         return restore(self, policy, optimizer)
 

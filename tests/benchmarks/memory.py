@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.memory --group-size 8 --prompts 8 --completion 512 --image-tokens 1000
 
-A first table has every model, a second one what the peak grows with: one number varied at a time.
+A first table has every model on one GPU, a second one full training of each on `--processes`, and a third one what the
+peak grows with: one number varied at a time.
 
 Counted are weights as this project holds them (float32 masters of what is trained, bfloat16 of what is frozen), their
 bfloat16 copies under autocast, gradients and Adam's two moments in float32, and the largest of three phases. Sampling:
@@ -47,8 +48,10 @@ class Options:
     lora_rank: int = 64
     cards: tuple[int, ...] = (24, 48, 80, 141)
     """GB of memory"""
+    processes: int = 8
+    """GPUs of the table of full training that is shared out among several; prompts are those of one of them"""
     growth_of: str = "4B"
-    """model of the second table, with LoRA"""
+    """model of the last table, with LoRA"""
 
     @property
     def width(self) -> int:
@@ -77,12 +80,14 @@ def configuration(shape: tuple) -> Qwen3VLConfig:
 
 
 @cache
-def parameters(name: str) -> int:
-    """Counted on the model itself, built without memory."""
+def parameters(name: str) -> tuple[int, int]:
+    """All parameters, and those outside of the language model's layers, counted on a model built without memory."""
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration(configuration(SHAPES[name]))
     model.tie_weights()
-    return sum({id(p): p.numel() for p in model.parameters()}.values())
+    layers = sum(p.numel() for p in model.model.language_model.layers.parameters())
+    every = sum({id(p): p.numel() for p in model.parameters()}.values())
+    return every, every - layers
 
 
 def adapter_parameters(name: str, rank: int) -> int:
@@ -119,13 +124,13 @@ def sampling(name: str, prompts: int, rows: int, options: Options) -> int:
     return max(vision_inside(name, prompts, options), forward, decoding)
 
 
-def update(name: str, lora: bool, options: Options) -> int:
+def update(name: str, lora: bool, options: Options, processes: int = 1) -> int:
     """Bytes of one micro-batch with its backward pass."""
     (hidden, layers, heads, key_heads, _, _), (depth, vision_width, _, _) = SHAPES[name]
     tokens = options.group_size * options.completion  # of a group
     groups = max(1, min(options.prompts, options.micro_batch_tokens // (options.width + tokens)))
     rows = min(groups * options.group_size, max(1, options.micro_batch_tokens // options.completion))  # at a time
-    before, own, state = groups * options.width, rows * options.completion, hidden * (2 if lora else 4)
+    before, own, state = groups * options.width, rows * options.completion, hidden * (2 if lora or processes > 1 else 4)
     kept = (before + own) * layers * state + 2 * groups * tokens * state  # and the scores' states
     head_gradient = 0  # of a chunk, and the sum over chunks before it is added to the others
     if not lora:  # with adapters the vision tower is frozen, and nothing of it is kept
@@ -139,20 +144,25 @@ def update(name: str, lora: bool, options: Options) -> int:
         spread += rows * seen * 2 * heads * HEAD * 2
     inside = max(before * inside_layer(name, True), own * inside_layer(name, True) + 2 * spread + mask)
     backward = 2 * before * keys_and_values(name) + max(inside, head_gradient + 3 * LOGIT_BUDGET * 4)
-    return kept + max(vision_inside(name, groups, options), backward)
+    shared_out = 0  # where several processes train: a gradient in bfloat16, and in float32 what is averaged at a time
+    if processes > 1:
+        every, outside = parameters(name)
+        shared_out = every * 2 + outside * 4
+    return kept + shared_out + max(vision_inside(name, groups, options), backward)
 
 
-def gibibytes(name: str, lora: bool, options: Options) -> dict[str, float]:
-    """Memory by what needs it; `peak` is that of the largest phase."""
-    weights = parameters(name)
+def gibibytes(name: str, lora: bool, options: Options, processes: int = 1) -> dict[str, float]:
+    """Memory of each of some processes by what needs it; `peak` is that of the largest phase. Full training on several
+    keeps a part of masters, gradients and moments each, and a whole bfloat16 copy of the weights."""
+    weights, _ = parameters(name)
     trained = adapter_parameters(name, options.lora_rank) if lora else weights
-    kept = weights * 2 + trained * 4 if lora else weights * 4
+    kept = weights * 2 + trained * 4 if lora else weights * 4 // processes
     need = {
         "weights": kept + trained * 2,
-        "gradients, Adam": trained * 12,
+        "gradients, Adam": trained * 12 // processes,
         "sampling": sampling(name, options.prompts, options.prompts * options.group_size, options),
         "evaluation": sampling(name, options.evaluation_prompts, options.evaluation_prompts, options),
-        "update": update(name, lora, options),
+        "update": update(name, lora, options, processes),
     }
     need["peak"] = need["weights"] + need["gradients, Adam"] + max(list(need.values())[2:])
     return {part: size / GIB for part, size in need.items()}
@@ -160,14 +170,18 @@ def gibibytes(name: str, lora: bool, options: Options) -> dict[str, float]:
 
 def main(options: Options) -> None:
     parts = list(gibibytes("2B", True, options))
-    print(f"{'GiB':12}" + "".join(f"{part:>17}" for part in parts) + "  fits on")
+
+    def row(title: str, need: dict[str, float]) -> None:
+        cards = [f"{card} GB" for card in options.cards if need["peak"] * 1.1 <= card * 1e9 / GIB]
+        cells = "".join(f"{need[part]:17.1f}" for part in parts)
+        print(f"{title:20}{cells}  {', '.join(cards) or 'none of these'}", flush=True)
+
+    print(f"{'GiB':20}" + "".join(f"{part:>17}" for part in parts) + "  fits on")
     for name in SHAPES:
         for lora in (True, False):
-            need = gibibytes(name, lora, options)
-            cards = [f"{card} GB" for card in options.cards if need["peak"] * 1.1 <= card * 1e9 / GIB]
-            title = f"{name} {'LoRA' if lora else 'full'}"
-            cells = "".join(f"{need[part]:17.1f}" for part in parts)
-            print(f"{title:12}{cells}  {', '.join(cards) or 'none of these'}", flush=True)
+            row(f"{name} {'LoRA' if lora else 'full'}", gibibytes(name, lora, options))
+    for name in SHAPES:
+        row(f"{name} full, {options.processes} of these", gibibytes(name, False, options, options.processes))
     print(f"\n{options.growth_of} LoRA{'':23}" + "".join(f"{part:>12}" for part in parts[2:]))
     for field in ("group_size", "completion", "image_tokens"):
         for factor in (1, 2, 4, 8):

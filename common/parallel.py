@@ -1,0 +1,91 @@
+"""Training on several processes.
+
+Adapters are few: every process holds all of them, and their gradients are averaged (DDP). Where all weights are
+trained, the float32 masters, their gradients and Adam's moments are cut into as many parts as there are processes
+(torch's FSDP2), and each process computes with a whole copy of the weights in the precision of the arithmetic, which is
+gathered anew after each optimizer step. Sampling and scoring read that copy as if there were one process.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from common.forward import Scorer
+from common.layers import precision
+from common.model import Prompts
+
+
+def distribute(scorer: Scorer, accelerator: Accelerator) -> tuple[torch.nn.Module, list[torch.nn.Parameter]]:
+    """What to call for scores with a gradient, averaged over processes, and the parameters to optimize.
+
+    A sharded parameter is this process's part of it. `gather_weights` has to follow, once all have their values.
+    """
+    every = list(scorer.parameters())
+    trained = [p for p in every if p.requires_grad]
+    if accelerator.num_processes == 1:
+        return scorer, trained
+    if len(trained) < len(every):
+        return accelerator.prepare(scorer), trained
+    with scorer.policy.autocast():
+        arithmetic = precision(every[0])
+    settings = dict(
+        mesh=init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
+        reshard_after_forward=False,
+        mp_policy=MixedPrecisionPolicy(param_dtype=arithmetic, reduce_dtype=torch.float32, cast_forward_inputs=False),
+    )
+    # Gradients are reduced a layer at a time, with memory for one; the hooks of `scorer` see to all.
+    for layer in scorer.policy.base.model.language_model.layers:
+        fully_shard(layer, **settings)
+    fully_shard(scorer, **settings)
+    scorer.set_reshard_after_backward(False)
+    return scorer, list(scorer.parameters())
+
+
+def gather_weights(scorer: torch.nn.Module) -> None:
+    """Make the copy of the weights that the model computes with anew, from all processes' parts of the masters."""
+    for module in scorer.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+            module.unshard()
+
+
+def in_step(
+    batches: list[list[int]],
+    scorer: torch.nn.Module,
+    accelerator: Accelerator,
+    prompts: Prompts,
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor,
+) -> Iterator[list[int]]:
+    """The micro-batches, for one backward call each. Each call averages gradients over processes, so a process with
+    fewer micro-batches than another then goes backward through one token, with a gradient of 0, as often as it takes.
+    """
+    calls = accelerator.gather(torch.tensor([len(batches)], device=accelerator.device)).max()
+    yield from batches
+    for _ in range(int(calls) - len(batches)):
+        scores = scorer(prompts.select([0]), completion_ids[:1, :1], completion_mask[:1, :1])
+        accelerator.backward(0 * scores.logprobs.sum())
+
+
+def whole(value: object, keep: bool) -> object:
+    """A nested structure with each sharded tensor whole and on the CPU where `keep`, else None in its place. All
+    processes call it alike."""
+    if isinstance(value, dict):
+        return {key: whole(part, keep) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [whole(part, keep) for part in value]
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+        return value.cpu() if keep else None
+    return value
+
+
+def part_of(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """This process's part of a whole tensor that is to be sharded as `parameter` is; the whole where that is not."""
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -1,0 +1,95 @@
+"""What each of two processes does in tests/test_parallel.py. The first one prints what it found."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common.forward import Scorer
+from common.model import Policy, encode_prompts, load_policy
+from common.parallel import distribute, gather_weights, in_step, whole
+from common.rollout import sample, uniform_numbers
+from tests.small_models import picture
+
+LEARNING_RATE = 1e-3
+
+
+def question(policy: Policy, number: int):
+    """A prompt, the odd ones without a picture, and two completions."""
+    pictures = [] if number % 2 else [picture(48, 64, number)]
+    content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": f"question {number}"}]
+    prompts = encode_prompts(policy, [[{"role": "user", "content": content}]], [pictures])
+    ids = torch.randint(0, 256, (2, 4 + number), generator=torch.Generator().manual_seed(number))
+    return prompts, ids, torch.ones_like(ids, dtype=torch.bool)
+
+
+def backward(scorer: torch.nn.Module, policy: Policy, number: int, factor: float) -> None:
+    (scorer(*question(policy, number)).logprobs.sum() * factor).backward()
+
+
+def main(folder: str, bfloat16: bool) -> None:
+    torch.set_num_threads(1)
+    if bfloat16:
+        Policy.autocast = lambda self: torch.autocast("cpu", dtype=torch.bfloat16)
+    accelerator = Accelerator(cpu=True)
+    policy, alone = load_policy(folder), load_policy(folder)
+    found = {"dtype": None}
+
+    scorer = Scorer(policy, gradient_checkpointing=bfloat16)
+    trained_scorer, parameters = distribute(scorer, accelerator)
+    found["sharded"] = all(isinstance(p, DTensor) for p in parameters)
+    found["own part"] = sum(p.to_local().numel() for p in parameters) / sum(p.numel() for p in parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    gather_weights(scorer)
+    found["dtype"] = str(policy.model.get_output_embeddings().weight.dtype)
+
+    reference = Scorer(alone, gradient_checkpointing=bfloat16)
+    lone_optimizer = torch.optim.AdamW(alone.model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    found["gradient"], found["weights"] = [], []
+    for step in range(2):
+        # The first process has three questions, the second one, which has no picture.
+        batches = [[[0], [1], [2]], [[3]]][accelerator.process_index]
+        for (number,) in in_step(batches, trained_scorer, accelerator, *question(policy, 5)):
+            backward(trained_scorer, policy, number + 4 * step, accelerator.num_processes)
+        for number in range(4):
+            backward(reference, alone, number + 4 * step, 1.0)
+        gradients = whole([p.grad for p in parameters], keep=True)
+        expected = [p.grad for p in alone.model.parameters()]
+        scale = max(e.abs().max() for e in expected)
+        gaps = [(g - e).abs().max() / scale for g, e in zip(gradients, expected, strict=True)]
+        found["gradient"].append(float(max(gaps)))
+        norms = [accelerator.clip_grad_norm_(p, 1.0) for p in (parameters, alone.model.parameters())]
+        found["norm"] = float(norms[0]) / float(norms[1])
+        for one in (optimizer, lone_optimizer):
+            one.step()
+            one.zero_grad()
+        gather_weights(scorer)
+        copies = zip(policy.model.parameters(), whole(parameters, keep=True), strict=True)
+        found["copy is rounded master"] = all(torch.equal(c, m.to(c.dtype)) for c, m in copies)
+        masters = zip(whole(parameters, keep=True), alone.model.parameters(), strict=True)
+        found["weights"].append(max(float((m - w).detach().abs().max()) for m, w in masters))
+
+    numbers = uniform_numbers(0, 0, range(2), 6)
+    found["same samples"] = all(
+        torch.equal(a, b)
+        for a, b in zip(
+            *(vars(sample(p, question(p, 0)[0], 2, 6, numbers)).values() for p in (policy, alone)), strict=True
+        )
+        if a.dtype != torch.float32
+    )
+    if not accelerator.is_main_process:
+        assert whole(parameters, keep=False) == [None] * len(parameters), "only what is kept is held"
+    else:
+        whole(parameters, keep=False)
+        print(json.dumps(found))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2] == "bfloat16")
