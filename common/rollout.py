@@ -97,6 +97,8 @@ def sample(
             hidden = decoder.step(tokens)
     model.train(was_training)
 
+    if not bool(logprobs.isfinite().all()):
+        raise SystemExit("sampling: the model's predictions are not numbers; its weights are damaged or have diverged")
     # A completion goes up to its first end token; what was drawn behind it before the row was dropped is forgotten.
     is_end = torch.isin(ids, ends)
     ended = is_end.any(1)
@@ -139,20 +141,22 @@ def draw_tokens(
 
 def find(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """The first places [A] where the running sum of weights [A, V] exceeds that share [A] of the whole: never one of
-    weight 0. Running sums are in float64, for that of 150,000 probabilities must not swallow the small ones; of many
-    weights blocks are summed up first and one block is gone through, since running sums are slow.
+    weight 0 (and any place where weights are NaN). Running sums are in float64, for that of 150,000 probabilities must
+    not swallow the small ones; of many weights blocks are summed up first and one block is gone through, since running
+    sums are slow.
     """
 
     def place(sums, shares):
         wanted = shares.clamp(0, 1 - 2**-52) * sums[:, -1:]
-        return wanted, torch.searchsorted(sums, wanted, right=True)  # [A, 1] both
+        return wanted, torch.searchsorted(sums, wanted, right=True).clamp(max=sums.shape[1] - 1)  # [A, 1] both
 
     def running(weights):
         return weights.cumsum(-1, dtype=torch.float64)
 
-    if weights.shape[-1] <= 8 * BLOCK:
+    size = weights.shape[-1]
+    if size <= 8 * BLOCK:
         return place(running(weights), uniforms[:, None])[1][:, 0]
-    if short := -weights.shape[-1] % BLOCK:
+    if short := -size % BLOCK:
         weights = torch.nn.functional.pad(weights, (0, short))
     blocks = weights.unflatten(-1, (-1, BLOCK))
     totals = blocks.sum(-1)  # [A, blocks]
@@ -160,7 +164,7 @@ def find(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     wanted, block = place(sums, uniforms[:, None])
     inside = running(blocks.take_along_dim(block[..., None], 1)[:, 0])  # [A, BLOCK]
     left = (sums.gather(-1, block) - wanted) / totals.gather(-1, block)  # share of the block behind what is wanted
-    return block[:, 0] * BLOCK + place(inside, 1 - left)[1][:, 0]
+    return (block * BLOCK + place(inside, 1 - left)[1])[:, 0].clamp(max=size - 1)
 
 
 class Decoder:

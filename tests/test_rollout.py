@@ -177,6 +177,17 @@ def test_the_extreme_numbers_draw_possible_tokens():
         assert token.item() in (1, 3)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_predictions_that_are_not_numbers_end_the_run_with_one_line(temperature):
+    policy = small_policy()
+    policy.base.model.language_model.norm.weight.data[0] = torch.nan
+    prompts, *_ = small_prompts(policy)
+    with pytest.raises(SystemExit, match="predictions are not numbers; its weights are damaged or have diverged"):
+        sample(policy, prompts, 2, 4, uniform_numbers(0, 0, range(6), 4), temperature=temperature)
+    for vocabulary in (500, 2000):
+        assert (find(torch.full((3, vocabulary), torch.nan), torch.rand(3).double()) < vocabulary).all()
+
+
 def test_vision_tokens_cannot_be_sampled():
     policy = small_policy()
     prompts, _, _ = small_prompts(policy)
