@@ -37,7 +37,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from PIL import Image
 
 from common.corruptions import rgb
@@ -46,7 +46,7 @@ from common.designs import check_markers, check_tokenizer, design_rewards, overl
 from common.evaluate import evaluate
 from common.forward import Scorer, micro_batches, rows_of, score_without_gradient
 from common.model import check_model, encode_prompts, load_policy, replace_images
-from common.parallel import distribute, gather_weights, in_step
+from common.parallel import distribute, gather_weights, in_step, start_processes
 from common.rewards import score
 from common.rollout import decode, sample, uniform_numbers
 from common.run import Run, check_accelerate, check_flags, memory_advice
@@ -344,9 +344,7 @@ def posterior_advantages(rewards: torch.Tensor, levels: torch.Tensor, args: Args
 @memory_advice()
 def main(args: Args) -> dict:
     # === Set up ===
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
-    )
+    accelerator = start_processes()
     device, processes = accelerator.device, accelerator.num_processes
     check(args, accelerator)
     run = Run(args, accelerator, "noisy_grpo")

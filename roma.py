@@ -31,7 +31,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 
 from common.corruptions import UNSEEN, choose, corrupt
 from common.data import TEMPLATE, ahead, batch_indices, build_messages, check_template, load_examples
@@ -39,7 +39,7 @@ from common.designs import check_markers, check_tokenizer, design_rewards, overl
 from common.evaluate import evaluate, image_reliance, robustness, show_robustness
 from common.forward import Scorer, micro_batches, pack_views, rows_of, score_without_gradient
 from common.model import check_model, encode_prompts, load_policy, replace_images
-from common.parallel import distribute, gather_weights, in_step
+from common.parallel import distribute, gather_weights, in_step, start_processes
 from common.rewards import score
 from common.rollout import decode, sample, uniform_numbers
 from common.run import Run, check_accelerate, check_flags, memory_advice
@@ -308,9 +308,7 @@ def aux_loss(
 @memory_advice()
 def main(args: Args) -> dict:
     # === Set up ===
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
-    )
+    accelerator = start_processes()
     device, processes = accelerator.device, accelerator.num_processes
     check(args, accelerator)
     run = Run(args, accelerator, "roma")

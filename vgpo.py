@@ -33,14 +33,14 @@ from typing import Literal
 
 import torch
 import tyro
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 
 from common.data import TEMPLATE, ahead, batch_indices, build_messages, check_template, load_examples
 from common.designs import check_markers, check_tokenizer, design_rewards, overlong_penalty, request_for
 from common.evaluate import evaluate
 from common.forward import Scorer, micro_batches, rows_of, score_without_gradient
 from common.model import check_model, encode_prompts, load_policy
-from common.parallel import distribute, gather_weights, in_step
+from common.parallel import distribute, gather_weights, in_step, start_processes
 from common.rewards import score
 from common.rollout import decode, sample, uniform_numbers
 from common.run import Run, check_accelerate, check_flags, memory_advice
@@ -325,9 +325,7 @@ def advantage_factors(
 @memory_advice()
 def main(args: Args) -> dict:
     # === Set up ===
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
-    )
+    accelerator = start_processes()
     device, processes = accelerator.device, accelerator.num_processes
     check(args, accelerator)
     run = Run(args, accelerator, "vgpo")

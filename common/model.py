@@ -201,6 +201,9 @@ def save_policy(policy: Policy, folder: str | Path, weights: dict[str, torch.Ten
     """Write the model (or its adapter), tokenizer, chat template and image processor in Hugging Face format. `weights`
     by name, if given, are written in place of those that the model holds."""
     policy.model.save_pretrained(folder, safe_serialization=True, state_dict=weights)
+    if weights:  # the model may hold a rounded copy, whose precision stands in its configuration now
+        policy.model.config.dtype = next(iter(weights.values())).dtype
+        policy.model.config.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
     policy.image_processor.save_pretrained(folder)
 

@@ -7,9 +7,10 @@ gathered anew after each optimizer step. Sampling and scoring read that copy as 
 """
 
 from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -17,6 +18,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from common.forward import Scorer
 from common.layers import precision
 from common.model import Prompts
+
+
+def start_processes() -> Accelerator:
+    """This process among those that the launcher started, or the only one."""
+    # Others wait while the first one writes or checks a checkpoint: of a large model for more than NCCL's 10 minutes.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
 
 
 def distribute(scorer: Scorer, accelerator: Accelerator) -> tuple[torch.nn.Module, list[torch.nn.Parameter]]:
@@ -37,7 +45,8 @@ def distribute(scorer: Scorer, accelerator: Accelerator) -> tuple[torch.nn.Modul
         reshard_after_forward=False,
         mp_policy=MixedPrecisionPolicy(param_dtype=arithmetic, reduce_dtype=torch.float32, cast_forward_inputs=False),
     )
-    # Gradients are reduced a layer at a time, with memory for one; the hooks of `scorer` see to all.
+    # Layers are called as functions, so that only the hooks of `scorer` fire: at the end of a backward pass they
+    # average all gradients, a group at a time. A group called by itself while sampling would be taken for the root.
     for layer in scorer.policy.base.model.language_model.layers:
         fully_shard(layer, **settings)
     fully_shard(scorer, **settings)

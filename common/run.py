@@ -247,8 +247,9 @@ class Run:
         step = 0
         if folder:
             load_weights(policy, folder, masters(policy, optimizer))
-            # On the CPU: load_state_dict moves what belongs on the device, and Adam's step counters do not.
-            state = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
+            # On the CPU: load_state_dict moves what belongs on the device, and Adam's step counters do not. Mapped: the
+            # processes of a machine share the memory that it takes.
+            state = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu", mmap=True)
             parameters = optimizer.param_groups[0]["params"]
             for number, moments in state["optimizer"]["state"].items():
                 moments |= {name: part_of(value, parameters[number]) for name, value in moments.items()}

@@ -48,31 +48,43 @@ def main(folder: str, bfloat16: bool) -> None:
     gather_weights(scorer)
     found["dtype"] = str(policy.model.get_output_embeddings().weight.dtype)
 
-    reference = Scorer(alone, gradient_checkpointing=bfloat16)
-    lone_optimizer = torch.optim.AdamW(alone.model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    # The same without processes: masters, their rounded copy in the model, and gradients summed in float32.
+    reference, copies = Scorer(alone, gradient_checkpointing=bfloat16), list(alone.model.parameters())
+    masters = [torch.nn.Parameter(p.detach().clone()) for p in copies]
+    for copy in copies:
+        copy.data = copy.data.bfloat16() if bfloat16 else copy.data
+    lone_optimizer = torch.optim.AdamW(masters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+
     found["gradient"], found["weights"] = [], []
     for step in range(2):
         # The first process has three questions, the second one, which has no picture.
         batches = [[[0], [1], [2]], [[3]]][accelerator.process_index]
         for (number,) in in_step(batches, trained_scorer, accelerator, *question(policy, 5)):
             backward(trained_scorer, policy, number + 4 * step, accelerator.num_processes)
+        for master in masters:
+            master.grad = torch.zeros_like(master)
         for number in range(4):
             backward(reference, alone, number + 4 * step, 1.0)
+            for master, copy in zip(masters, copies, strict=True):
+                master.grad += copy.grad
+                copy.grad = None
         gradients = whole([p.grad for p in parameters], keep=True)
-        expected = [p.grad for p in alone.model.parameters()]
-        scale = max(e.abs().max() for e in expected)
-        gaps = [(g - e).abs().max() / scale for g, e in zip(gradients, expected, strict=True)]
+        scale = max(m.grad.abs().max() for m in masters)
+        gaps = [(g - m.grad).abs().max() / scale for g, m in zip(gradients, masters, strict=True)]
         found["gradient"].append(float(max(gaps)))
-        norms = [accelerator.clip_grad_norm_(p, 1.0) for p in (parameters, alone.model.parameters())]
+        norms = [accelerator.clip_grad_norm_(p, 1.0) for p in (parameters, masters)]
         found["norm"] = float(norms[0]) / float(norms[1])
         for one in (optimizer, lone_optimizer):
             one.step()
             one.zero_grad()
         gather_weights(scorer)
-        copies = zip(policy.model.parameters(), whole(parameters, keep=True), strict=True)
-        found["copy is rounded master"] = all(torch.equal(c, m.to(c.dtype)) for c, m in copies)
-        masters = zip(whole(parameters, keep=True), alone.model.parameters(), strict=True)
-        found["weights"].append(max(float((m - w).detach().abs().max()) for m, w in masters))
+        for master, copy in zip(masters, copies, strict=True):
+            copy.data.copy_(master.data)
+        gathered = whole([p.detach() for p in parameters], keep=True)
+        pairs = zip(policy.model.parameters(), gathered, strict=True)
+        found["copy is rounded master"] = all(torch.equal(copy, master.to(copy.dtype)) for copy, master in pairs)
+        gaps = [(one - other).detach().abs().max() for one, other in zip(gathered, masters, strict=True)]
+        found["weights"].append(float(max(gaps)))
 
     numbers = uniform_numbers(0, 0, range(2), 6)
     found["same samples"] = all(

@@ -30,6 +30,15 @@ def test_a_saved_policy_loads_to_the_same_scores(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_weights_given_are_saved_in_place_of_the_models_rounded_copy(family, tmp_path):
+    policy, rounded = small_policy(family), small_policy(family)
+    rounded.model.bfloat16()
+    save_policy(rounded, tmp_path, dict(policy.model.named_parameters()))
+    assert torch.equal(scores(policy), scores(load_policy(str(tmp_path))))
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32", "what other tools load it in"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_lora_trains_adapters_only_and_loads_from_its_folder(family, tmp_path):
     policy = small_policy(family, lora_rank=4)
     trained = [name for name, p in policy.model.named_parameters() if p.requires_grad]

@@ -27,22 +27,17 @@ def two_processes(folder: str, precision: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_sharded_training_equals_that_of_one_process(family):
-    """With questions of which some have pictures, and more of them on one process than on the other."""
-    found = two_processes(small_folder(family), "float32")
-    assert found["sharded"] and found["dtype"] == "torch.float32" and found["copy is rounded master"]
+@pytest.mark.parametrize(
+    ("family", "precision"), [*((family, "float32") for family in FAMILIES), ("qwen3_vl", "bfloat16")]
+)
+def test_sharded_training_equals_that_of_one_process(family, precision):
+    """With questions of which some have pictures, and more of them on one process than on the other. Under bfloat16
+    arithmetic the masters stay in float32, and gradients are summed in it."""
+    found = two_processes(small_folder(family), precision)
+    assert found["sharded"] and found["dtype"] == f"torch.{precision}" and found["copy is rounded master"]
     assert 0.45 < found["own part"] < 0.55, "each process keeps half of the weights"
     assert max(found["gradient"]) < 1e-5 and found["norm"] == pytest.approx(1, abs=1e-5)
     assert max(found["weights"]) < 1e-4 and found["same samples"]
-
-
-def test_sharded_masters_stay_in_float32_under_bfloat16_arithmetic():
-    """The masters move by Adam's steps of 1e-3, which bfloat16 weights near 1 would lose."""
-    found = two_processes(small_folder("qwen3_vl"), "bfloat16")
-    assert found["sharded"] and found["dtype"] == "torch.bfloat16" and found["copy is rounded master"]
-    assert max(found["gradient"]) < 0.05 and found["norm"] == pytest.approx(1, abs=0.02)
-    assert max(found["weights"]) <= 4.1e-3
 
 
 def test_what_is_not_sharded_stays_as_it_is():
