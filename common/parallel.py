@@ -6,6 +6,7 @@ trained, the float32 masters, their gradients and Adam's moments are cut into as
 gathered anew after each optimizer step. Sampling and scoring read that copy as if there were one process.
 """
 
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -19,12 +20,25 @@ from common.forward import Scorer
 from common.layers import precision
 from common.model import Prompts
 
+UNTIL_EXIT = []  # what must not be freed earlier
+
 
 def start_processes() -> Accelerator:
     """This process among those that the launcher started, or the only one."""
     # Others wait while the first one writes or checks a checkpoint: of a large model for more than NCCL's 10 minutes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
     return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
+
+
+def end_processes(accelerator: Accelerator) -> None:
+    """Take leave of the others; without it, processes may abort at exit while others still talk to them."""
+    if torch.distributed.is_initialized():
+        accelerator.wait_for_everyone()
+        # gloo's threads free what they held of the last messages, for which they need the interpreter's lock.
+        time.sleep(0.2)
+        # DDP would free the group while it holds that lock, which a thread of the group may wait for.
+        UNTIL_EXIT.append(torch.distributed.group.WORLD)
+    accelerator.end_training()
 
 
 def distribute(scorer: Scorer, accelerator: Accelerator) -> tuple[torch.nn.Module, list[torch.nn.Parameter]]:

@@ -33,14 +33,13 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from common.model import Policy, load_policy, save_policy
-from common.parallel import part_of, whole
+from common.parallel import end_processes, part_of, whole
 from common.plot import plot_learning_curve
 
 BAD_STEPS_IN_A_ROW = 5
 # What may change between a run and its continuation; anything else would make it another run.
 MAY_CHANGE = {"resume", "out", "steps", "track", "save_every", "keep_checkpoints", "micro_batch_tokens"}
 MAY_CHANGE |= {"eval_every", "eval_examples"}
-UNTIL_EXIT = []  # what must not be freed earlier
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -316,11 +315,7 @@ class Run:
         """End progress bar, tracker and process group; signals do again what they did before the run."""
         if self.bar:
             self.bar.close()
-        if torch.distributed.is_initialized():
-            self.accelerator.wait_for_everyone()
-            # DDP would free the group while it holds the interpreter's lock, which a thread of the group may wait for.
-            UNTIL_EXIT.append(torch.distributed.group.WORLD)
-        self.accelerator.end_training()  # without it, processes may abort at exit while others still talk to them
+        end_processes(self.accelerator)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
@@ -392,7 +387,7 @@ def on_main(accelerator: Accelerator, work: Callable[[], object]) -> object:
             result[1] = error.code
     broadcast_object_list(result)
     if result[1] is not None:
-        accelerator.end_training()
+        end_processes(accelerator)
         raise SystemExit(result[1] if accelerator.is_main_process else 1)
     return result[0]
 

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common.forward import Scorer
 from common.model import Policy, encode_prompts, load_policy
-from common.parallel import distribute, gather_weights, in_step, whole
+from common.parallel import distribute, end_processes, gather_weights, in_step, whole
 from common.rollout import sample, uniform_numbers
 from tests.small_models import picture
 
@@ -99,8 +99,7 @@ def main(folder: str, bfloat16: bool) -> None:
     else:
         whole(parameters, keep=False)
         print(json.dumps(found))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    end_processes(accelerator)
 
 
 if __name__ == "__main__":
