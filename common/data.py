@@ -34,6 +34,7 @@ QUESTION_COLUMNS = ("problem", "question", "prompt", "query")
 ANSWER_COLUMNS = ("answer", "solution", "label", "ground_truth")
 PUZZLE_COUNT = {"train": 1_000_000, "validation": 2_000, "test": 2_000, "shifted": 2_000}
 LARGE = 20_000  # rows of a set that is worth a stream
+SMALL = 1_000  # rows of a set whose pictures are all decoded at the start
 SHUFFLED_ROWS = 1_000  # among which a stream draws the next
 MAX_ASPECT_RATIO = 200  # what the families' image processors accept
 T = TypeVar("T")
@@ -138,9 +139,11 @@ class Rows(Sequence):
 
     def __post_init__(self):
         self.usable, self.sizes, self.bad = [], [], {}
+        # In a small set one broken picture is a large share: it must not come to light in the middle of training.
+        decode = len(self.rows) <= SMALL
         for number in range(len(self.rows)):
             try:
-                self.sizes.append(sum(i.width * i.height for i in self.read(number, pixels=False).images))
+                self.sizes.append(sum(i.width * i.height for i in self.read(number, pixels=decode).images))
                 self.usable.append(number)
             except ValueError as error:
                 self.bad[number] = str(error)
@@ -155,7 +158,7 @@ class Rows(Sequence):
         named = "; ".join(f"row {number}: {reason}" for number, reason in list(self.bad.items())[:3])
         counted = f"--data {self.name}: {len(self.bad)} of {checked} rows cannot be used: {named} (counted from row 0)"
         if len(self.bad) > self.max_bad * checked or len(self.bad) == checked:
-            raise SystemExit(counted)
+            raise SystemExit(f"{counted}; that is too many: mend or remove them")
         print(counted, flush=True)
 
     def __len__(self) -> int:
@@ -206,7 +209,11 @@ def open_rows(
     path = next((Path(data) / name for name in files if (Path(data) / name).is_file()), Path(data))
     if path.suffix in (".jsonl", ".parquet") and path.is_file():
         if path.stem != split and split != "train":
-            print(f"--data {path}: a file has no splits; all of it serves as {split!r}", flush=True)
+            print(
+                f"--data {path}: a file has no splits; all of it serves as {split!r}, also what is trained on (a "
+                "folder with train.jsonl and test.jsonl keeps them apart)",
+                flush=True,
+            )
         if path.suffix == ".jsonl":
             return str(path), read_jsonl(path), path.parent
         return str(path), load_table(str(path), "parquet", "train", data_files=str(path)), path.parent

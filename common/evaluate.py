@@ -24,7 +24,7 @@ from PIL import Image
 from common.corruptions import SEEN, UNSEEN, choose, corrupt
 from common.data import TEMPLATE, Example, build_messages, check_template, load_examples
 from common.forward import Scorer
-from common.model import TINY, Policy, encode_prompts, load_policy, replace_images
+from common.model import TINY, Policy, check_model, encode_prompts, load_policy, replace_images
 from common.rewards import score
 from common.rollout import decode, sample, uniform_numbers
 from common.run import checksum, memory_advice, write
@@ -405,8 +405,9 @@ def usual(name: str) -> dict:
 
 def check(args: Args) -> None:
     """Stop with one line before anything long starts."""
-    for name, least in (("limit", 0), ("samples", 1), ("temperature", 0), ("batch_prompts", 1)):
-        if (getattr(args, name) or 0) < least:
+    least_of = {"limit": 0, "samples": 1, "temperature": 0, "batch_prompts": 1, "max_completion_length": 0}
+    for name, least in (least_of | {"max_pixels": 0, "seed": 0}).items():
+        if not least <= (getattr(args, name) or 0) < float("inf"):
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     if args.samples > 1 and not args.temperature:
         raise SystemExit(f"--samples {args.samples}: greedy answers are all the same; pass a --temperature above 0")
@@ -476,6 +477,8 @@ def evaluate_on(args: Args) -> tuple[dict[str, dict], dict[str, dict]]:
     """Every model on one set: tables printed and results kept in `--out`. Returns figures a model and, under
     corruptions, the cells that they are made of."""
     marks = {name: mark(newest_checkpoint(name)) for name in args.model}
+    for held in marks.values():  # before the first one is evaluated
+        check_model(held["checkpoint"])
     columns = {name: getattr(args, name) for name in ("image_column", "question_column", "answer_column", "kind")}
     limit = (500 if args.data == "puzzles" else 0) if args.limit is None else args.limit
     examples = load_examples(args.data, args.split, limit=limit or None, **columns)

@@ -308,8 +308,9 @@ def plot_curves(models: dict[str, list[Look]], path: Path) -> None:
 
 
 def main(args: Args) -> dict[str, dict]:
-    for name, least in (("limit", 1), ("show", 0), ("temperature", 0), ("masks", 1), ("batch_prompts", 1)):
-        if getattr(args, name) < least:
+    least_of = {"limit": 1, "show": 1, "temperature": 0, "masks": 1, "batch_prompts": 1, "max_completion_length": 0}
+    for name, least in (least_of | {"max_pixels": 0, "seed": 0}).items():
+        if not least <= getattr(args, name) < float("inf"):
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     if not 0 < args.mask_prob <= 1:
         raise SystemExit(f"--mask-prob {args.mask_prob}: must be above 0 and at most 1")
@@ -318,6 +319,10 @@ def main(args: Args) -> dict[str, dict]:
     folder = Path(args.out)
     if folder.exists() and not folder.is_dir():
         raise SystemExit(f"--out {args.out}: not a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out {args.out}: cannot be made ({error.strerror})") from None
     titles = [Path(name).name for name in args.model]
     titles = titles if len(set(titles)) == len(titles) else list(args.model)  # short where they stay distinct
     examples = load_examples(args.data, args.split, limit=args.limit)
@@ -337,7 +342,6 @@ def main(args: Args) -> dict[str, dict]:
             batch_prompts=args.batch_prompts,
             seed=args.seed,
         )
-    folder.mkdir(parents=True, exist_ok=True)
     summary = summarize({name: example_figures(looks) for name, looks in models.items()})
     rows = {
         name: [{"right": x.right, "length": len(x.tokens), **x.means()} for x in looks]

@@ -127,6 +127,10 @@ def load_policy(
     with loading(name, source):
         base = adapter_base(source)
         adapter, source = (source, resolve_name(base)) if base else (None, source)
+    if adapter and lora_rank:
+        raise SystemExit(
+            f"--lora-rank {lora_rank}: --model {name} is an adapter, which is trained on; leave the flag out"
+        )
     lora = bool(lora_rank or adapter)
     frozen_on_cuda = device.type == "cuda" and (lora or not trainable)
     with loading(name, source):

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import tyro
 
+from common.corruptions import check_out
+
 
 @dataclass
 class Args:
@@ -134,8 +136,9 @@ def main(args: Args) -> None:
         if not lines:
             raise SystemExit(f"--runs {name}: no metrics.jsonl with a step in it")
         runs.setdefault(re.sub(r"-seed\d+$", "", Path(name).name), []).append(lines)
-    if not Path(args.out).parent.is_dir():
-        raise SystemExit(f"--out {args.out}: its folder does not exist")
+    if not args.runs or not args.metrics:
+        raise SystemExit("--runs, --metrics: at least one of each")
+    check_out(args.out)
     plot_metrics(runs, args.metrics, args.out)
     print(f"{args.out}: {len(args.metrics)} panels, {len(args.runs)} runs")
 

@@ -78,6 +78,9 @@ class Run:
             if self.args.out and Path(self.args.out).resolve() != self.folder.resolve():
                 raise SystemExit(f"--resume {self.folder}: goes on in that folder; leave out --out {self.args.out}")
             self.compare_settings(self.settings)
+            done = max((int(p.name.removeprefix("step-")) for p in self.folder.glob("checkpoints/step-*")), default=0)
+            if self.args.steps < done:
+                raise SystemExit(f"--steps {self.args.steps}: {self.folder} has done {done} already")
         with one_line(f"--out {self.folder}"):
             # A run that ended before it wrote anything but its arguments (a mistyped flag) is in nobody's way.
             if not self.args.resume and any(p.is_file() for p in self.folder.rglob("*") if p.name != "args.json"):
@@ -338,6 +341,11 @@ def check_flags(args: object, **least: float) -> None:
         if not 0 < getattr(args, name) <= highest:
             upper = "" if highest == float("inf") else f" and at most {highest:g}"
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0{upper}")
+    if 0 < args.max_completion_length <= args.soft_punish_cache:
+        raise SystemExit(
+            f"--soft-punish-cache {args.soft_punish_cache}: must be below --max-completion-length "
+            f"{args.max_completion_length}, or every completion is punished"
+        )
 
 
 def check_accelerate(accelerator: Accelerator) -> None:

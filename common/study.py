@@ -9,6 +9,7 @@ Written are the runs, results.json and a plot.
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from common.corruptions import choose
 from common.evaluate import CLEAN, plot_robustness, robustness_summary, robustness_table
 from common.look import FIGURES, summarize, summary_table
+from common.puzzles import SPLITS
 from common.run import write
 
 ROOT = Path(__file__).parents[1]
@@ -68,12 +70,14 @@ def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> 
             raise SystemExit(f"{name}, seed {seed}: stopped with {done.returncode}: {last} (see {folder}.log)")
 
     path, trained_by = str(folder.resolve()), Path(f"{folder}.command")
-    if not trained_by.exists():
+    if not (folder / "args.json").is_file():  # what never began, say for a mistyped flag, binds nobody
         trained_by.write_text(shlex.join(command))
     if not (folder / "summary.json").is_file():
         begun = any(folder.glob("checkpoints/step-*/complete"))
         execute([*command, "--seed", str(seed), "--test-examples", "0", "--eval-every", "0",
                  "--resume" if begun else "--out", path])  # fmt: skip
+        if not (folder / "summary.json").is_file():  # a run that was told to stop has saved and ends without an error
+            raise SystemExit(f"{name}, seed {seed}: stopped before its end; the same command goes on")
     cells = {}
     for split in args.splits:
         file = folder.resolve() / "evaluations" / f"{split}-{args.limit}.json"
@@ -102,12 +106,17 @@ def main(args: Args) -> None:
         if not script or not (ROOT / script[0]).is_file():
             raise SystemExit(f"--methods {method!r}: must be `NAME: SCRIPT FLAGS`, with a script of this project")
         name = name.strip()
+        if not re.fullmatch(r"[\w. +-]+", name):
+            raise SystemExit(
+                f"--methods {method!r}: the name {name!r} must be letters, digits, spaces and any of . _ + -"
+            )
         if name in commands:
             raise SystemExit(f"--methods {method!r}: there are two of the name {name!r}")
         commands[name] = shlex.split(command)
         for seed in args.seeds:
             file = Path(args.out) / f"{name}-seed{seed}.command"
-            if file.exists() and file.read_text() != shlex.join(commands[name]):
+            begun = (file.with_suffix("") / "args.json").is_file() and file.exists()
+            if begun and file.read_text() != shlex.join(commands[name]):
                 raise SystemExit(f"--methods {method!r}: {file} says it was `{file.read_text()}`; use another --out")
     try:
         choose(args.corruptions)
@@ -115,17 +124,26 @@ def main(args: Args) -> None:
         raise SystemExit(f"--corruptions: {error}") from None
     if not args.severities or not set(args.severities) <= {1, 2, 3, 4, 5}:
         raise SystemExit(f"--severities {' '.join(map(str, args.severities))}: each must be one of 1 to 5")
-    if args.jobs < 1 or args.limit < 1 or not args.seeds or not args.splits:
-        raise SystemExit("--jobs, --limit, --seeds, --splits: at least one of each")
+    if args.jobs < 1 or args.limit < 1 or not args.methods or not args.seeds or not args.splits or args.look < 0:
+        raise SystemExit("--jobs, --limit, --methods, --seeds, --splits: at least one of each; --look: at least 0")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise SystemExit(f"--seeds {' '.join(map(str, args.seeds))}: each only once")
+    if unknown := set(args.splits) - set(SPLITS):
+        raise SystemExit(f"--splits {' '.join(sorted(unknown))}: choose among {', '.join(SPLITS)}")
     Path(args.out).mkdir(parents=True, exist_ok=True)
 
     # Seeds outside, so that an unfinished study has all methods of its first seeds.
     runs = [(name, seed) for seed in args.seeds for name in commands]
     bar = tqdm(total=len(runs), unit="run", mininterval=0)
     task: Callable = lambda run: (train_and_evaluate(args, run[0], commands[run[0]], run[1]), bar.update())[0]
-    with ThreadPoolExecutor(args.jobs) as pool:
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
         results = dict(zip(runs, pool.map(task, runs), strict=True))
-    bar.close()
+    except KeyboardInterrupt:
+        raise SystemExit(f"--out {args.out}: interrupted; the same command goes on") from None
+    finally:
+        pool.shutdown(cancel_futures=True)  # what is running is waited for
+        bar.close()
 
     summaries = {}
     for split in args.splits:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -170,6 +171,8 @@ def test_no_examples():
         (dict(split="dev"), "no split 'dev': choose one of train, "),
         (dict(samples=0), "--samples 0: must be at least 1"),
         (dict(limit=-1), "--limit -1: must be at least 0"),
+        (dict(max_completion_length=-3), "--max-completion-length -3: must be at least 0"),
+        (dict(temperature=float("nan")), "--temperature nan: must be at least 0"),
         (dict(batch_prompts=0), "--batch-prompts 0"),
         (dict(samples=4), "--samples 4: greedy answers are all the same"),
         (dict(out="/nowhere/x.json"), "--out /nowhere/x.json: not a file in a folder that exists"),
@@ -208,6 +211,10 @@ def test_several_models_in_one_table_and_one_file(tmp_path, capsys):
 
     out.unlink()
     with pytest.raises(SystemExit, match="has neither config"):
+        main(Args(model=(folders[0], str(tmp_path)), data=str(tmp_path), out=str(out), max_completion_length=4))
+    assert not out.exists(), "a model that is not there is found before the first one is evaluated"
+    shutil.copy(Path(folders[1]) / "config.json", tmp_path)
+    with pytest.raises(SystemExit, match="cannot be loaded"):
         main(Args(model=(folders[0], str(tmp_path)), data=str(tmp_path), out=str(out), max_completion_length=4))
     assert list(json.loads(out.read_text())["models"]) == [folders[0]]
 

@@ -239,6 +239,7 @@ def test_the_denominators_are_the_whole_steps():
         ({"delta": 1.1}, r"--delta 1\.1: must exceed 1 "),
         ({"prompt_template": "Say yes."}, "--prompt-template 'Say yes.'"),
         ({"model": "nowhere"}, "--model nowhere: no such folder"),
+        ({"soft_punish_cache": 512}, "--soft-punish-cache 512: must be below --max-completion-length 72"),
         *(({name: value}, f"--{name.replace('_', '-')} {value}: must be a") for name, value in (
             ("group_size", 1), ("temperature", 0.0), ("temperature", math.nan), ("top_p", 0.0), ("top_p", 1.5),
             ("top_k", -1), ("max_grad_norm", 0.0), ("updates_per_rollout", 0), ("epochs_per_rollout", 0),

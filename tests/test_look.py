@@ -136,10 +136,12 @@ def test_one_command_looks_at_the_built_in_model(tmp_path, capsys):
     ("settings", "message"),
     [
         ({"limit": 0}, "--limit 0: must be at least 1"),
+        ({"seed": -1}, "--seed -1: must be at least 0"),
+        ({"out": "/proc/look"}, "--out /proc/look: cannot be made"),
         ({"mask_prob": 0.0}, "--mask-prob 0.0: must be above 0"),
         ({"model": ("runs/nothere",)}, "--model runs/nothere: no such run folder"),
     ],
 )
 def test_bad_flags_are_one_line(settings, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
-        main(Args(out=str(tmp_path), **settings))
+        main(Args(**{"out": str(tmp_path)} | settings))

@@ -53,6 +53,8 @@ def test_lora_trains_adapters_only_and_loads_from_its_folder(family, tmp_path):
     assert not torch.allclose(adapted, scores(small_policy(family)), atol=1e-3)
     save_policy(policy, tmp_path)
     torch.testing.assert_close(scores(load_policy(str(tmp_path))), adapted)
+    with pytest.raises(SystemExit, match=r"--lora-rank 8: --model .* is an adapter, which is trained on"):
+        load_policy(str(tmp_path), lora_rank=8)
 
 
 def test_an_adapter_of_the_output_head_is_refused(tmp_path):

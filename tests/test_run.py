@@ -359,6 +359,9 @@ def test_another_runs_folder_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="leave out --out"):
         new_run(tmp_path / "other", resume=str(tmp_path / "run"))
     new_run(tmp_path / "run", resume=str(tmp_path / "run"), steps=20)
+    (tmp_path / "run" / "checkpoints" / "step-000007").mkdir()
+    with pytest.raises(SystemExit, match=r"--steps 6: .*run has done 7 already"):
+        new_run(tmp_path / "run", resume=str(tmp_path / "run"), steps=6)
 
 
 @pytest.mark.parametrize(

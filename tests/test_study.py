@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,7 +44,11 @@ def test_a_small_study(tmp_path, capsys):
         ({"methods": ("a: grpo.py", "a: roma.py")}, "--methods 'a: roma.py': there are two of the name 'a'"),
         ({"corruptions": ("rain",)}, "--corruptions: corruption 'rain' is not one of"),
         ({"corruptions": ("fog",), "severities": (0, 6)}, "--severities 0 6: each must be one of 1 to 5"),
-        ({"jobs": 0}, "--jobs, --limit, --seeds, --splits: at least one of each"),
+        ({"jobs": 0}, "--jobs, --limit, --methods, --seeds, --splits: at least one of each"),
+        ({"seeds": (1, 2, 1)}, "--seeds 1 2 1: each only once"),
+        ({"splits": ("test", "exam")}, "--splits exam: choose among train, validation, test, shifted"),
+        ({"methods": ("a/b: grpo.py",)}, "the name 'a/b' must be letters, digits"),
+        ({"methods": (": grpo.py",)}, "the name '' must be letters, digits"),
     ],
 )
 def test_bad_flags_are_one_line(settings, message, tmp_path):
@@ -54,3 +59,19 @@ def test_bad_flags_are_one_line(settings, message, tmp_path):
 def test_a_run_that_fails_says_where_to_look(tmp_path):
     with pytest.raises(SystemExit, match=r"bad, seed 1: stopped with 1: --group-size 1: .* \(see .*bad-seed1.log\)"):
         main(Args(methods=("bad: grpo.py --group-size 1",), out=str(tmp_path), seeds=(1,)))
+    with pytest.raises(SystemExit, match=r"bad, seed 1: stopped with 1: --group-size 0"):  # nothing binds it to a typo
+        main(Args(methods=("bad: grpo.py --group-size 0",), out=str(tmp_path), seeds=(1,)))
+
+
+def test_a_run_that_was_stopped_is_not_evaluated_as_if_it_had_ended(tmp_path, monkeypatch):
+    """Ctrl-C reaches the runs too; they save and end without an error."""
+    monkeypatch.setattr("subprocess.run", lambda *args, **kwargs: SimpleNamespace(returncode=0))
+    with pytest.raises(SystemExit, match="a, seed 1: stopped before its end; the same command goes on"):
+        main(Args(methods=("a: grpo.py",), out=str(tmp_path), seeds=(1,)))
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("common.study.train_and_evaluate", interrupted)
+    with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
+        main(Args(methods=("a: grpo.py",), out=str(tmp_path), seeds=(1,)))
