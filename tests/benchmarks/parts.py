@@ -27,6 +27,7 @@ class Options:
     group: int = 8
     image: int = 128
     """side of each image in pixels"""
+    question: str = "How many red shapes are there?"
     lengths: tuple[int, ...] = (16, 64, 256)
     """tokens of each completion"""
     rounds: int = 5
@@ -54,9 +55,7 @@ def main(options: Options) -> None:
         torch.set_num_threads(options.threads)
     policy = load_policy(options.model, device="cuda" if options.cuda else "cpu")
     policy.end_token_ids = [-1]  # no token ends a completion, so that each has its full length
-    message = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many red shapes are there?"}]}
-    ]
+    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": options.question}]}]
     images = [[Image.effect_noise((options.image,) * 2, 80).convert("RGB")] for _ in range(options.prompts)]
     prompts = encode_prompts(policy, [message] * options.prompts, images)
     rows = options.prompts * options.group
