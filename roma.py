@@ -542,7 +542,7 @@ def main(args: Args) -> dict:
 
         # === Log ===
         lengths = mask.sum(1)
-        varied = rewards.view(-1, args.group_size).amax(1) - rewards.view(-1, args.group_size).amin(1) > 1e-6
+        varied = kept_groups(rewards, accuracy, args.group_size, "reward")
         local = {"right": accuracy.sum(), "varied": varied.sum(), "tokens": lengths.sum(), "ended": rollout.ended.sum()}
         local |= sums | {f"verdicts/{status}": count for status, count in verdicts.items()}
         local |= {f"rewards/{name}/mean": sum(scores) for name, scores in terms.items()}

@@ -27,7 +27,7 @@ from common.forward import Scorer
 from common.model import TINY, Policy, check_model, encode_prompts, load_policy, replace_images
 from common.rewards import score
 from common.rollout import decode, sample, uniform_numbers
-from common.run import checksum, memory_advice, write
+from common.run import check_least, checksum, memory_advice, write
 from common.sets import SOURCES, special_scores
 
 
@@ -405,10 +405,8 @@ def usual(name: str) -> dict:
 
 def check(args: Args) -> None:
     """Stop with one line before anything long starts."""
-    least_of = {"limit": 0, "samples": 1, "temperature": 0, "batch_prompts": 1, "max_completion_length": 0}
-    for name, least in (least_of | {"max_pixels": 0, "seed": 0}).items():
-        if not least <= (getattr(args, name) or 0) < float("inf"):
-            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+    least = {"limit": 0, "samples": 1, "temperature": 0, "batch_prompts": 1, "max_completion_length": 0}
+    check_least(args, least | {"max_pixels": 0, "seed": 0})
     if args.samples > 1 and not args.temperature:
         raise SystemExit(f"--samples {args.samples}: greedy answers are all the same; pass a --temperature above 0")
     if args.out and not (Path(args.out).parent.is_dir() and not Path(args.out).is_dir()):

@@ -31,7 +31,7 @@ from common.forward import Scorer
 from common.model import Policy, encode_prompts, load_policy, process_images
 from common.rewards import score
 from common.rollout import decode, sample, uniform_numbers
-from common.run import write
+from common.run import check_least, write
 
 LATE = 0.5  # a completion's last half is late
 PLACES = 10  # of the curves
@@ -308,10 +308,8 @@ def plot_curves(models: dict[str, list[Look]], path: Path) -> None:
 
 
 def main(args: Args) -> dict[str, dict]:
-    least_of = {"limit": 1, "show": 1, "temperature": 0, "masks": 1, "batch_prompts": 1, "max_completion_length": 0}
-    for name, least in (least_of | {"max_pixels": 0, "seed": 0}).items():
-        if not least <= getattr(args, name) < float("inf"):
-            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+    least = {"limit": 1, "show": 1, "temperature": 0, "masks": 1, "batch_prompts": 1, "max_completion_length": 0}
+    check_least(args, least | {"max_pixels": 0, "seed": 0})
     if not 0 < args.mask_prob <= 1:
         raise SystemExit(f"--mask-prob {args.mask_prob}: must be above 0 and at most 1")
     if args.prompt_template:

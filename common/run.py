@@ -332,11 +332,17 @@ LEAST = {
 }  # fmt: skip
 
 
+def check_least(args: object, least: dict[str, float]) -> None:
+    """Stop with one line where a flag that is given is below its least value or not a number."""
+    for name, lowest in least.items():
+        value = getattr(args, name)
+        if value is not None and not lowest <= value < float("inf"):
+            raise SystemExit(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
+
+
 def check_flags(args: object, **least: float) -> None:
     """Stop with one line where a flag is less than `LEAST` or `least` has it, out of its range, or not a number."""
-    for name, lowest in (LEAST | least).items():
-        if not lowest <= getattr(args, name) < float("inf"):
-            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {lowest}")
+    check_least(args, LEAST | least)
     for name, highest in (("temperature", float("inf")), ("top_p", 1.0), ("max_grad_norm", float("inf"))):
         if not 0 < getattr(args, name) <= highest:
             upper = "" if highest == float("inf") else f" and at most {highest:g}"
