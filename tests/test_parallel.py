@@ -21,7 +21,7 @@ def two_processes(folder: str, precision: str) -> dict:
     command += ["tests/parallel_worker.py", folder, precision]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=150
+        command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

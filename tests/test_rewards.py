@@ -1,6 +1,7 @@
 """Answer checking: the case table, attacks, and the process that does symbolic comparison."""
 
 import json
+import signal
 import threading
 import time
 from types import SimpleNamespace
@@ -262,9 +263,11 @@ def worker():
 
 
 def test_a_comparison_that_hangs_is_killed_and_the_next_one_works(worker, monkeypatch):
+    monkeypatch.setattr(rewards, "DEADLINE", 30.0)
     assert worker.equal("x+1", "1+x") == (True, "ok")
     first = worker.process.pid
-    monkeypatch.setattr(rewards, "DEADLINE", 0.0)
+    worker.process.send_signal(signal.SIGSTOP)  # as one that computes for ever: it does not answer
+    monkeypatch.setattr(rewards, "DEADLINE", 0.1)
     assert worker.equal("x+2", "2+x") == (False, "timeout")
     assert worker.process is None
     monkeypatch.setattr(rewards, "DEADLINE", 30.0)

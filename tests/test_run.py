@@ -337,7 +337,7 @@ def test_two_processes_restore_stop_and_fail_together(tmp_path):
         )
         for rank in range(2)
     ]
-    errors = [process.communicate(timeout=120)[1] for process in both]
+    errors = [process.communicate(timeout=300)[1] for process in both]
     assert [process.returncode for process in both] == [1, 1]
     assert "Traceback" not in errors[0] + errors[1], errors
     assert "step-000002: cannot be written" in errors[0] and "cannot be written" not in errors[1]

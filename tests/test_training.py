@@ -80,7 +80,7 @@ def train_in_two(folder, *flags: str, script: str = "grpo") -> dict:
     seen = folder.with_suffix(".pt")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     command += ["tests/train_worker.py", script, str(seen), *QUICK, "--out", str(folder), *flags]
-    subprocess.run(command, cwd=ROOT, env=environment(), check=True, timeout=150)
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True, timeout=300)
     return torch.load(seen, weights_only=True)
 
 
@@ -194,12 +194,12 @@ def run_script(folder, *flags, **kwargs):
 
 
 def wait_for_step(process, folder, step: int) -> None:
-    for _ in range(1200):
+    for _ in range(6000):
         if any(line["step"] >= step for line in (metrics(folder) if (folder / "metrics.jsonl").is_file() else [])):
             return
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
-    raise AssertionError("the run did not get there in a minute")
+    raise AssertionError("the run did not get there in five minutes")
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,7 @@ def test_a_stopped_run_saves_and_exits_cleanly(number, uninterrupted, tmp_path):
     process = run_script(folder, "--save-every", "100")
     wait_for_step(process, folder, 1)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and "--resume" in output, output
     process = run_script(folder, "--save-every", "100")
     output, _ = process.communicate(timeout=300)
