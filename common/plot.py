@@ -18,6 +18,8 @@ import tyro
 
 from common.corruptions import check_out
 
+HALF = 10  # curves are means over so many steps to either side
+
 
 @dataclass
 class Args:
@@ -69,7 +71,7 @@ def plot_metrics(runs: dict[str, list[list[dict]]], patterns: tuple[str, ...], o
             if len(lines) > 1:
                 low, high = zip(*((min(column), max(column)) for column in columns), strict=True)
                 axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        axis.set(title=pattern, xlabel="step")
+        axis.set(title=pattern, xlabel=f"step (mean of {2 * HALF + 1} around it)")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.savefig(out, dpi=110)
@@ -94,7 +96,7 @@ def plot_learning_curve(folder: Path) -> None:
         values = [float("nan") if line[name] is None else line[name] for line in lines]
         axis.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
         axis.plot(steps, smooth(values), color="tab:blue", label={"reward": "training reward"}.get(name))
-        axis.set_xlabel("step")
+        axis.set_xlabel(f"step (dark line: mean of {2 * HALF + 1} around it)")
         axis.set_ylabel(label)
         axis.set_title(
             {"completions/mean_length": "completion length", "reward": "reward and accuracy"}.get(name, name)
@@ -120,7 +122,7 @@ def plot_learning_curve(folder: Path) -> None:
     plt.close(figure)
 
 
-def smooth(values: list[float], half: int = 10) -> list[float]:
+def smooth(values: list[float], half: int = HALF) -> list[float]:
     """Mean over a window of up to 2 * half + 1 steps, NaN left out."""
     result = []
     for i in range(len(values)):

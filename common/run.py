@@ -184,7 +184,7 @@ class Run:
         if step % max(1, self.args.steps // 5) == 0:
             row = rows[0]  # not the best one, which would flatter the model
             tqdm.write(
-                f"--- step {step}, reward {row['reward']:.2f}, advantage {row['advantage']:+.2f}, "
+                f"--- step {step + 1}, reward {row['reward']:.2f}, advantage {row['advantage']:+.2f}, "
                 f"answer {row['answer']}\n{row['question']}\n{row['completion']}\n---",
                 file=sys.stdout,
             )

@@ -217,7 +217,7 @@ def test_a_completion_is_printed_readably(tmp_path, capsys):
     row = {"question": "How many?", "completion": "<think>two</think>", "answer": "2", "reward": 1.0, "advantage": 0.5}
     new_run(tmp_path / "run").show(0, [row])
     said = capsys.readouterr().out
-    assert "step 0, reward 1.00, advantage +0.50, answer 2\nHow many?\n<think>two</think>" in said
+    assert "step 1, reward 1.00, advantage +0.50, answer 2\nHow many?\n<think>two</think>" in said
 
 
 def test_signals_ask_for_a_stop_and_the_second_interrupts(tmp_path, capfd):
