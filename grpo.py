@@ -225,12 +225,14 @@ def policy_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Clipped surrogate of each token (PPO; DeepSeekMath, eq. 3; GSPO, eq. 5) and the ratios, [R, T] float32 each.
 
-    `advantages` is [R, 1] or [R, T]. With a ratio of 1 the loss is -A and its gradient that of -A logprob.
+    `advantages` is [R, 1] or [R, T]. With a ratio of 1 the loss is -A and its gradient that of -A logprob. A sequence's
+    ratio is in value the same for its tokens, in gradient each token's own, so that tokens may weigh differently (GSPO,
+    section 4.3); where they weigh alike the sum's gradient is that of eq. 5.
     """
     log_ratio = torch.where(loss_mask, logprobs - old_logprobs, 0)
     if args.importance_sampling_level == "sequence":
         mean = log_ratio.sum(1, keepdim=True) / loss_mask.sum(1, keepdim=True).clamp(min=1)
-        log_ratio = mean.expand_as(log_ratio)
+        log_ratio = mean.detach() + (log_ratio - log_ratio.detach())
     ratio = log_ratio.clamp(-20, 20).exp()
     clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
     bounded = ratio.clamp(max=args.delta) if args.delta else ratio
@@ -391,11 +393,11 @@ def main(args: Args) -> dict:
                 weights = token_weights(own_mask, args.loss_type, total_rows, total_tokens, args.max_completion_length)
                 loss = (torch.where(own_mask, losses, 0) * weights).sum()
                 accelerator.backward(loss * processes)  # gradients are averaged over processes, the loss is a sum
-                positive = advantages[own, None] > 0
+                positive, negative = advantages[own, None] > 0, advantages[own, None] < 0
                 sums["loss"] += loss.detach()
                 sums["scored"] += own_mask.sum()
                 sums["entropy"] += scores.entropy[own_mask].sum()
-                sums["clip_low"] += ((ratio < 1 - args.clip_low) & ~positive & own_mask).sum()
+                sums["clip_low"] += ((ratio < 1 - args.clip_low) & negative & own_mask).sum()
                 sums["clip_high"] += ((ratio > 1 + args.clip_high) & positive & own_mask).sum()
             grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
             if run.check_gradients(grad_norm):

@@ -1,7 +1,8 @@
 """NoisyGRPO: explore under noisy images, judge by how noisy they were.
 
 "NoisyGRPO: Incentivizing Multimodal CoT Reasoning via Noise Injection and Bayesian Estimation" (Qiu et al. 2025, arXiv
-2510.21122); NoisyRollout (Liu et al. 2025, 2504.13055) by `--noise-levels 0 0.5 --posterior none --anneal`.
+2510.21122); NoisyRollout (Liu et al. 2025, 2504.13055) by `--noise-levels 0 0.5 --posterior none --anneal
+--kl-coef 0`, but that each noisy completion has a noise of its own.
 
     python noisy_grpo.py                                                        # a laptop: built-in model and puzzles
     python noisy_grpo.py --model Qwen/Qwen3-VL-4B --lora-rank 64                # one GPU
@@ -162,7 +163,7 @@ class Args:
     noise_images: bool = True
     """sample on noisy images (ablation: levels count in the advantage only)"""
     anneal: bool = False
-    """let the levels fall to 0 along a sigmoid about two thirds of the way (NoisyRollout)"""
+    """let the levels fall to 0 along a sigmoid about two thirds of `steps` (NoisyRollout)"""
     update_image: Literal["clean", "noisy"] = "clean"
     """what log-probabilities are conditioned on in training"""
     to_bytes: Literal["clamp", "wrap"] = "clamp"
@@ -260,12 +261,14 @@ def policy_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Clipped surrogate of each token (PPO; DeepSeekMath, eq. 3; GSPO, eq. 5) and the ratios, [R, T] float32 each.
 
-    `advantages` is [R, 1] or [R, T]. With a ratio of 1 the loss is -A and its gradient that of -A logprob.
+    `advantages` is [R, 1] or [R, T]. With a ratio of 1 the loss is -A and its gradient that of -A logprob. A sequence's
+    ratio is in value the same for its tokens, in gradient each token's own, so that tokens may weigh differently (GSPO,
+    section 4.3); where they weigh alike the sum's gradient is that of eq. 5.
     """
     log_ratio = torch.where(loss_mask, logprobs - old_logprobs, 0)
     if args.importance_sampling_level == "sequence":
         mean = log_ratio.sum(1, keepdim=True) / loss_mask.sum(1, keepdim=True).clamp(min=1)
-        log_ratio = mean.expand_as(log_ratio)
+        log_ratio = mean.detach() + (log_ratio - log_ratio.detach())
     ratio = log_ratio.clamp(-20, 20).exp()
     clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
     bounded = ratio.clamp(max=args.delta) if args.delta else ratio
@@ -302,7 +305,7 @@ def levels_of(step: int, place: int, args: Args) -> np.ndarray:
     """Noise levels [G] float64 of the completions of one prompt."""
     levels = np.resize(np.array(args.noise_levels), args.group_size)
     if args.noise_draw == "uniform":
-        levels = np.random.default_rng([args.seed, step, place, 0]).random(args.group_size)
+        levels = np.random.default_rng([args.seed, step, place, 1 + args.group_size]).random(args.group_size)
     if args.anneal:  # NoisyRollout: steepness 30, half at two thirds
         levels = levels * (1 - 1 / (1 + np.exp(-30 * (step + 1 - args.steps * 2 / 3) / args.steps)))
     return levels
@@ -485,7 +488,7 @@ def main(args: Args) -> dict:
                 skipped += 1
                 continue
             groups = [n for n in range(first, first + share) if trained[n]] or [first]
-            width = prompts.input_ids.shape[1]
+            width = seen.input_ids.shape[1] * (1 if seen is prompts else args.group_size)  # of a group's prompts
             batches = list(
                 micro_batches(mask[rows_of(groups, args.group_size)], width, args.group_size, args.micro_batch_tokens)
             )
@@ -513,11 +516,11 @@ def main(args: Args) -> dict:
                 weights = token_weights(own_mask, args.loss_type, total_rows, total_tokens, args.max_completion_length)
                 loss = (torch.where(own_mask, losses, 0) * weights).sum()
                 accelerator.backward(loss * processes)  # gradients are averaged over processes, the loss is a sum
-                positive = advantages[own, None] > 0
+                positive, negative = advantages[own, None] > 0, advantages[own, None] < 0
                 sums["loss"] += loss.detach()
                 sums["scored"] += own_mask.sum()
                 sums["entropy"] += scores.entropy[own_mask].sum()
-                sums["clip_low"] += ((ratio < 1 - args.clip_low) & ~positive & own_mask).sum()
+                sums["clip_low"] += ((ratio < 1 - args.clip_low) & negative & own_mask).sum()
                 sums["clip_high"] += ((ratio > 1 + args.clip_high) & positive & own_mask).sum()
             grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
             if run.check_gradients(grad_norm):
@@ -566,9 +569,11 @@ def main(args: Args) -> dict:
             "frac_tied": float((groups.amax(1) - groups.amin(1) <= 1e-6).float().mean()),
         }
         all_advantages = accelerator.gather(advantages)
-        for level in all_levels.unique().tolist() if args.noise_draw == "ladder" else ():
-            metrics[f"noise/{level:.2f}/reward"] = float(all_rewards[all_levels == level].mean())
-            metrics[f"noise/{level:.2f}/advantage"] = float(all_advantages[all_levels == level].mean())
+        ladder = np.resize(args.noise_levels, args.group_size)  # by the levels as given, also where they are annealed
+        for level in sorted(set(ladder)) if args.noise_draw == "ladder" else ():
+            those = torch.from_numpy(np.tile(ladder == level, args.prompts_per_step)).to(device)  # [R]
+            metrics[f"noise/{level:.2f}/reward"] = float(all_rewards[those].mean())
+            metrics[f"noise/{level:.2f}/advantage"] = float(all_advantages[those].mean())
         if args.eval_every and (step + 1) % args.eval_every == 0:
             metrics["eval/accuracy"] = accuracy_on(held_out)["accuracy"]
         run.log(step, metrics)
@@ -616,7 +621,7 @@ def check(args: Args, accelerator: Accelerator) -> None:
     if not args.noise_levels or not all(0 <= level <= 1 for level in args.noise_levels):
         raise SystemExit(f"--noise-levels {' '.join(map(str, args.noise_levels))}: each must be from 0 to 1")
     for name in ("prior_var", "lik_alpha", "lik_var"):
-        if getattr(args, name) <= 0:
+        if not 0 < getattr(args, name) < float("inf"):
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
 
 

@@ -249,12 +249,14 @@ def policy_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Clipped surrogate of each token (PPO; DeepSeekMath, eq. 3; GSPO, eq. 5) and the ratios, [R, T] float32 each.
 
-    `advantages` is [R, 1] or [R, T]. With a ratio of 1 the loss is -A and its gradient that of -A logprob.
+    `advantages` is [R, 1] or [R, T]. With a ratio of 1 the loss is -A and its gradient that of -A logprob. A sequence's
+    ratio is in value the same for its tokens, in gradient each token's own, so that tokens may weigh differently (GSPO,
+    section 4.3); where they weigh alike the sum's gradient is that of eq. 5.
     """
     log_ratio = torch.where(loss_mask, logprobs - old_logprobs, 0)
     if args.importance_sampling_level == "sequence":
         mean = log_ratio.sum(1, keepdim=True) / loss_mask.sum(1, keepdim=True).clamp(min=1)
-        log_ratio = mean.expand_as(log_ratio)
+        log_ratio = mean.detach() + (log_ratio - log_ratio.detach())
     ratio = log_ratio.clamp(-20, 20).exp()
     clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
     bounded = ratio.clamp(max=args.delta) if args.delta else ratio
@@ -263,7 +265,7 @@ def policy_loss(
 
 def draw_views(seed: int, step: int, place: int, args: Args) -> tuple[list[tuple[str, int]], int]:
     """K corruptions (name, severity), all of different names, and the view of the auxiliary term, for one prompt."""
-    dice = np.random.default_rng([seed, step, place])
+    dice = np.random.default_rng([seed, step, place, 1])
     names = dice.permutation(choose(args.train_corruptions))[: args.num_views]
     drawn = [(str(name), int(dice.choice(args.train_severities))) for name in names]
     return drawn, int(dice.integers(args.num_views))
@@ -527,11 +529,11 @@ def main(args: Args) -> dict:
                     cell = torch.tensor(cell, device=device).T.flatten()  # [K * V]
                     by_corruption.index_add_(1, cell, counts.sum(-1).flatten(1))
                 accelerator.backward(loss * processes)  # gradients are averaged over processes, the loss is a sum
-                positive = advantages[own, None] > 0
+                positive, negative = advantages[own, None] > 0, advantages[own, None] < 0
                 sums["loss"] += loss.detach()
                 sums["scored"] += own_mask.sum()
                 sums["entropy"] += scores.entropy[: len(own)][own_mask].sum()
-                sums["clip_low"] += ((ratio < 1 - args.clip_low) & ~positive & own_mask).sum()
+                sums["clip_low"] += ((ratio < 1 - args.clip_low) & negative & own_mask).sum()
                 sums["clip_high"] += ((ratio > 1 + args.clip_high) & positive & own_mask).sum()
             grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
             if run.check_gradients(grad_norm):
@@ -599,6 +601,7 @@ def main(args: Args) -> dict:
                 [held_out[n] for n in range(min(32, len(held_out)))],
                 template=args.prompt_template,
                 max_new_tokens=args.max_completion_length,
+                batch_prompts=evaluation["batch_prompts"],
             )
         run.log(step, metrics)
         run.show(

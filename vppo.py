@@ -154,7 +154,7 @@ class Args:
     keep_fraction: float = 0.4
     """share of each completion's tokens that take part in the policy gradient (1: no filter)"""
     beta_min: float = 0.9
-    """shaping factor of the completion that depends least on the image (1: no shaping)"""
+    """shaping factor of the completion that depends least on the image (1, without beta_max: no shaping)"""
     beta_max: float = 0.0
     """shaping factor of the one that depends most (0: such that the mean factor is 1)"""
     mask_prob: float = 0.5
@@ -246,12 +246,14 @@ def policy_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Clipped surrogate of each token (PPO; DeepSeekMath, eq. 3; GSPO, eq. 5) and the ratios, [R, T] float32 each.
 
-    `advantages` is [R, 1] or [R, T]. With a ratio of 1 the loss is -A and its gradient that of -A logprob.
+    `advantages` is [R, 1] or [R, T]. With a ratio of 1 the loss is -A and its gradient that of -A logprob. A sequence's
+    ratio is in value the same for its tokens, in gradient each token's own, so that tokens may weigh differently (GSPO,
+    section 4.3); where they weigh alike the sum's gradient is that of eq. 5.
     """
     log_ratio = torch.where(loss_mask, logprobs - old_logprobs, 0)
     if args.importance_sampling_level == "sequence":
         mean = log_ratio.sum(1, keepdim=True) / loss_mask.sum(1, keepdim=True).clamp(min=1)
-        log_ratio = mean.expand_as(log_ratio)
+        log_ratio = mean.detach() + (log_ratio - log_ratio.detach())
     ratio = log_ratio.clamp(-20, 20).exp()
     clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
     bounded = ratio.clamp(max=args.delta) if args.delta else ratio
@@ -308,7 +310,7 @@ def shaping_factors(
 def token_filter(dependency: torch.Tensor, completion_mask: torch.Tensor, keep_fraction: float) -> torch.Tensor:
     """The ceil(keep_fraction n) of each completion's n tokens that depend most [R, T] bool; of equals the earlier."""
     # An exact product stays exact: 0.6 * 25 is a little more than 15.
-    count = (completion_mask.sum(1) * keep_fraction - 1e-6).ceil()  # [R]
+    count = (completion_mask.sum(1).double() * keep_fraction - 1e-6).ceil()  # [R]
     order = dependency.masked_fill(~completion_mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
     return (order.argsort(dim=1) < count[:, None]) & completion_mask
 
@@ -438,13 +440,13 @@ def main(args: Args) -> dict:
 
         # The masked view: the same completions and policy, with black patches in the image.
         dependency = torch.zeros(ids.shape, device=device)  # [R, T]
-        if args.keep_fraction < 1 or args.beta_min < 1:
+        if args.keep_fraction < 1 or args.beta_min < 1 or args.beta_max:
             per_row = args.mask_per == "row"
             seers = [n for n in range(len(examples)) for _ in range(args.group_size if per_row else 1)]
             hidden_prompts = prompts.select(seers)
             counts = prompts.image_grid_thw.prod(-1).split(prompts.images_per_prompt)
             uniforms = [
-                np.random.default_rng([args.seed, step, places[n], i % args.group_size if per_row else 0]).random(
+                np.random.default_rng([args.seed, step, places[n], 1 + (i % args.group_size if per_row else 0)]).random(
                     int(counts[n].sum())
                 )
                 for i, n in enumerate(seers)
@@ -529,7 +531,7 @@ def main(args: Args) -> dict:
                 weights = token_weights(own_mask, args.loss_type, total_rows, total_tokens, args.max_completion_length)
                 loss = (torch.where(own_mask, losses, 0) * weights).sum()
                 accelerator.backward(loss * processes)  # gradients are averaged over processes, the loss is a sum
-                positive = advantages[own, None] > 0
+                positive, negative = advantages[own, None] > 0, advantages[own, None] < 0
                 sums["loss"] += loss.detach()
                 sums["scored"] += own_mask.sum()
                 sums["entropy"] += scores.entropy[own_mask].sum()
@@ -539,8 +541,8 @@ def main(args: Args) -> dict:
                 sums["dependency"] += own_dependency.sum()
                 sums["dependency_kept"] += own_dependency[own_keep].sum()
                 sums["clamped"] += (own_dependency >= 10).sum()
-                sums["clip_low"] += ((ratio < 1 - args.clip_low) & ~positive & own_mask).sum()
-                sums["clip_high"] += ((ratio > 1 + args.clip_high) & positive & own_mask).sum()
+                sums["clip_low"] += ((ratio < 1 - args.clip_low) & negative & own_keep).sum()
+                sums["clip_high"] += ((ratio > 1 + args.clip_high) & positive & own_keep).sum()
             grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
             if run.check_gradients(grad_norm):
                 optimizer.step()
@@ -631,7 +633,7 @@ def check(args: Args, accelerator: Accelerator) -> None:
     """Stop with one line before anything long starts."""
     processes = accelerator.num_processes
     check_accelerate(accelerator)
-    check_flags(args)
+    check_flags(args, entropy_coef=0, beta_max=0)
     check_model(args.model)
     args.prompt_template = check_template(args.prompt_template)
     if args.model != "tiny":

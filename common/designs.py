@@ -221,8 +221,8 @@ def well_formed(completion: str) -> float:
 def semantic_score(answer: str, example, likeness: float) -> float:
     """Likeness in meaning from 0.6 upwards, and 1 for the right letter of a question with choices or the right yes or
     no (NoisyGRPO's accuracy reward, without the quirks of its patterns)."""
-    kind = {True: "choice", False: "yesno"}[bool(example.choices)]
-    if answer and (example.choices or normalize(example.answer).lower() in ("yes", "no")):
+    kind = example.kind if example.kind in ("letter", "letters") else "choice" if example.choices else "yesno"
+    if answer and (kind != "yesno" or normalize(example.answer).lower() in ("yes", "no")):
         if check(f"<answer>{answer}</answer>", example.answer, kind, example.choices, "tag").correct:
             return 1.0
     return likeness if answer and likeness >= 0.6 else 0.0

@@ -40,7 +40,11 @@ class Rollout:
 
 
 def uniform_numbers(seed: int, step: int, rows: list[int], length: int) -> torch.Tensor:
-    """Numbers [R, T] float64 in [0, 1): a pure function of seed, step and each row's place in the whole step."""
+    """Numbers [R, T] float64 in [0, 1): a pure function of seed, step and each row's place in the whole step.
+
+    What else a method draws for a prompt of a step has a number above 0 behind seed, step and place: 0 there, or none,
+    would be a row's stream again.
+    """
     return torch.from_numpy(np.stack([np.random.default_rng([seed, step, row]).random(length) for row in rows]))
 
 

@@ -227,7 +227,8 @@ class Run:
                 shutil.rmtree(writing, ignore_errors=True)
                 writing.mkdir()
                 save_policy(policy, writing, weights)
-                torch.save({"step": step, "optimizer": optimizer_state}, writing / "trainer.pt")
+                trainer = {"step": step, "optimizer": optimizer_state, "non_finite_gradients": self.bad_steps}
+                torch.save(trainer, writing / "trainer.pt")
                 files = sorted(p for p in writing.rglob("*") if p.is_file())
                 for path in files:
                     sync(path)
@@ -256,7 +257,7 @@ class Run:
             for number, moments in state["optimizer"]["state"].items():
                 moments |= {name: part_of(value, parameters[number]) for name, value in moments.items()}
             optimizer.load_state_dict(state["optimizer"])
-            step = state["step"]
+            step, self.bad_steps = state["step"], state["non_finite_gradients"]
         self.accelerator.wait_for_everyone()  # lines are dropped when all processes have their weights
         if self.main and self.args.resume:
             print(f"continuing {self.folder} at step {step}", flush=True)

@@ -20,6 +20,7 @@ from common.designs import (
     partial_credit,
     request_for,
     section_scores,
+    semantic_score,
     sentence_score,
     sentences,
     similarities,
@@ -244,6 +245,14 @@ def test_semantic_rewards(monkeypatch):
     assert terms["answer"] == [1, 0, 1, 1, 1, 0] and terms["format"] == [1, 1, 0, 1, 1, 0]
     assert got == [2, 1, 1, 2, 2, 0]
     assert similarities(["ant"], ["ape"], Encoder()) == [1.0]
+
+
+@pytest.mark.parametrize("answer", ["b", "(B)", "B. cat", "cat"])
+def test_a_right_letter_is_right_in_any_form_for_semantic_rewards_too(answer):
+    example = SimpleNamespace(answer="B", kind="letter", choices=["dog", "cat", "cow", "pig"])
+    assert semantic_score(answer, example, 0.3) == 1 and semantic_score("cow", example, 0.3) == 0
+    example.choices = None  # as where a question brings its options in its text
+    assert semantic_score("(B)", example, 0.3) == 1
 
 
 def test_without_the_package_it_is_one_line(monkeypatch):

@@ -144,6 +144,29 @@ def test_sequence_level_ratio():
     assert loss(NEW, loss_type="dapo", **narrow).item() == pytest.approx(-0.208543, abs=1e-6)
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_a_sequences_ratio_has_the_gradient_of_its_formula(loss_type):
+    """GSPO, eq. 5: one ratio a row, with its gradient through every token; clipped rows get none."""
+    settings = dict(loss_type=loss_type, importance_sampling_level="sequence", clip_low=0.01, clip_high=0.2)
+    logprobs = NEW.clone().requires_grad_()
+    ratio = (torch.where(MASK, logprobs - OLD, 0).sum(1) / MASK.sum(1)).exp()[:, None]
+    surrogate = -torch.minimum(ratio * A, ratio.clamp(0.99, 1.2) * A)
+    weights = token_weights(MASK, loss_type, 2, 5, 4).double()
+    (expected,) = torch.autograd.grad((surrogate * weights).sum(), logprobs)
+    (found,) = torch.autograd.grad((policy_loss(logprobs, OLD, A, MASK, Args(**settings))[0] * weights).sum(), logprobs)
+    torch.testing.assert_close(found, expected, atol=1e-7, rtol=0)
+    assert expected.abs().max() > 0.01
+
+
+def test_at_the_level_of_sequences_tokens_keep_their_own_advantages():
+    """GSPO, section 4.3: the gradient of a token's loss is its own, so that a method may weigh or leave out tokens."""
+    logprobs = NEW.clone().requires_grad_()
+    advantages = torch.tensor([[1.0, 0.0, 2.0], [0.0, -1.0, 0.0]])
+    losses, ratio = policy_loss(logprobs, NEW, advantages, MASK, Args(importance_sampling_level="sequence"))
+    losses.sum().backward()
+    assert torch.equal(logprobs.grad, -advantages * MASK) and (ratio == 1).all()
+
+
 def test_k3_of_each_token():
     k3 = k3_divergence(NEW, REF)
     assert k3[MASK].tolist() == pytest.approx([0.004837, 0.049859, 0.070320, 0.106531, 0.021403], abs=1e-6)

@@ -1,5 +1,6 @@
 """NoisyGRPO: the worked numbers of noise and posterior, their limits, and what is conditioned on which image."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -172,11 +173,9 @@ def test_limits_of_the_variances():
 
 
 def run(script, tmp_path, name, **settings):
-    args = script.Args(
-        steps=2, prompts_per_step=4, group_size=4, test_examples=0, eval_every=0, out=str(tmp_path / name), **settings
-    )
-    script.main(args)
-    return next((tmp_path / name / "checkpoints").glob("step-000002/*.safetensors")).read_bytes()
+    settings = {"steps": 2, "prompts_per_step": 4, "group_size": 4, "test_examples": 0, "eval_every": 0} | settings
+    script.main(script.Args(out=str(tmp_path / name), **settings))
+    return next((tmp_path / name / "checkpoints").glob("step-*/*.safetensors")).read_bytes()
 
 
 def test_without_noise_and_posterior_it_is_grpo_to_the_bit(tmp_path):
@@ -199,11 +198,33 @@ def test_each_setting_trains_differently(tmp_path):
     [
         ({"noise_levels": (0.0, 1.5)}, "--noise-levels 0.0 1.5: each must be from 0 to 1"),
         ({"prior_var": 0.0}, "--prior-var 0.0: must be above 0"),
+        ({"lik_alpha": float("nan")}, "--lik-alpha nan: must be above 0"),
     ],
 )
 def test_bad_flags_are_one_line(settings, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         noisy_grpo.main(Args(out=str(tmp_path / "x"), **settings))
+
+
+def test_metrics_of_annealed_levels_stand_under_the_levels_that_were_given(monkeypatch, tmp_path):
+    settings = {"noise_levels": (0.0, 0.5), "posterior": "none", "anneal": True}
+    monkeypatch.setattr(noisy_grpo, "design_rewards", lambda *a: ([0.0, 1.0] * 8, {}))  # 1 where there is noise
+    run(noisy_grpo, tmp_path, "a", **settings)  # in the last step both levels round to 0.00
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert {name: value for name, value in line.items() if name.startswith("noise/")} == pytest.approx({
+            "noise/0.00/reward": 0, "noise/0.50/reward": 1,
+            "noise/0.00/advantage": -0.865875, "noise/0.50/advantage": 0.865875,
+        })  # fmt: skip
+
+
+def test_micro_batches_count_the_noisy_prompt_of_every_row(monkeypatch, tmp_path):
+    """Trained on noisy images a group has a prompt a row."""
+    sizes, original = [], noisy_grpo.micro_batches
+    monkeypatch.setattr(noisy_grpo, "micro_batches", lambda m, width, *a: sizes.append(width) or original(m, width, *a))
+    for name in ("clean", "noisy"):
+        run(noisy_grpo, tmp_path, name, update_image=name, steps=1)
+    assert sizes[1] == 4 * sizes[0]
 
 
 def test_a_step_uses_the_posterior_advantages_on_clean_images(monkeypatch, tmp_path):

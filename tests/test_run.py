@@ -267,6 +267,11 @@ def test_gradients_that_are_not_finite_are_counted(tmp_path):
     nan, fine = torch.tensor(float("inf")), torch.tensor(1.0)
     assert [run.check_gradients(g) for g in (nan, nan, nan, nan, fine, nan)] == [False] * 4 + [True, False]
     assert run.bad_steps == 5
+    policy, optimizer = policy_and_optimizer()
+    run.save(1, policy, optimizer)
+    resumed = new_run(run.folder, resume=str(run.folder))
+    resumed.restore(policy, optimizer)
+    assert resumed.bad_steps == 5, "the summary counts those of the whole run"
     with pytest.raises(SystemExit, match="not finite in 5 steps in a row"):
         for _ in range(5):
             run.check_gradients(nan)

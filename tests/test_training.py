@@ -1,5 +1,6 @@
 """Whole runs of the training loop: cut, spread, killed, resumed, stopped, and still the same training."""
 
+import importlib
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -142,12 +144,46 @@ def test_sampling_and_training_agree_so_that_importance_weights_change_nothing(p
     assert_same_gradients(result, train(tmp_path / "weighed", "--tis-cap", "2"), tolerance=1e-3)
 
 
+@pytest.mark.parametrize("script, flags", [
+    ("grpo", ""), ("noisy_grpo", "--noise-draw uniform"), ("vgpo", ""), ("vppo", ""), ("vppo", "--mask-per row"),
+    ("roma", ""),
+])  # fmt: skip
+def test_no_two_things_are_drawn_from_the_same_random_stream(script, flags, monkeypatch, tmp_path):
+    seeds, default_rng = [], np.random.default_rng
+    monkeypatch.setattr("numpy.random.default_rng", lambda s=None: seeds.append(s) or default_rng(s))
+    record(script, [*QUICK[:-1], "77", "--out", str(tmp_path / "run"), *flags.split()])
+    monkeypatch.undo()
+    of_a_step = [s for s in seeds if isinstance(s, list) and s[:2] == [77, 1]]
+    firsts = {default_rng(s).random() for s in of_a_step}  # streams, for numpy takes [77, 1, 2] and [77, 1, 2, 0] alike
+    assert len(firsts) == len(of_a_step) >= 16
+
+
 def test_several_updates_a_rollout(tmp_path):
     result = train(tmp_path / "run", "--steps", "1", "--updates-per-rollout", "2", "--epochs-per-rollout", "2")
     assert 2 <= len(result["gradients"]) <= 4
     line = metrics(tmp_path / "run")[0]
     assert len(result["gradients"]) + line["updates_skipped"] == 4
     assert line["clip_ratio/low_mean"] >= 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_clip_ratios_are_shares_of_tokens_whose_gradient_was_taken(script, monkeypatch, tmp_path):
+    """Every ratio is far below its bound: what counts is where the advantage is negative and, of vppo.py, kept."""
+    module, seen = importlib.import_module(script), []
+
+    def tiny_ratios(logprobs, old_logprobs, advantages, loss_mask, args):
+        losses, ratio = policy_loss(logprobs, old_logprobs, advantages, loss_mask, args)
+        seen.append((advantages < 0).expand_as(loss_mask)[loss_mask].float().mean().item())
+        return losses, ratio / 2
+
+    policy_loss = module.policy_loss
+    monkeypatch.setattr(module, "policy_loss", tiny_ratios)
+    flags = ["--posterior", "none"] if script == "noisy_grpo" else []
+    flags += ["--filter-groups", "none", "--keep-fraction", "1"] if script == "vppo" else []
+    train(tmp_path / "run", "--steps", "1", "--kl-coef", "0.01", *flags, script=script)  # also groups of equal rewards
+    line = metrics(tmp_path / "run")[0]
+    assert len(seen) == 1 and 0 < seen[0] < 1 and line["frac_reward_zero_std"] > 0
+    assert line["clip_ratio/low_mean"] == pytest.approx(seen[0]) and line["clip_ratio/high_mean"] == 0
 
 
 @pytest.mark.parametrize("flags", [[], ["--lora-rank", "4"]])

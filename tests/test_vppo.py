@@ -175,9 +175,9 @@ def test_equal_views_keep_the_first_tokens_and_change_no_advantage():
 
 
 def test_the_filter_keeps_the_ceiling_of_its_share():
-    lengths = torch.arange(1, 61)
-    mask = torch.arange(60) < lengths[:, None]
-    values = torch.rand(60, 60, generator=torch.Generator().manual_seed(0))
+    lengths = torch.arange(1, 601)
+    mask = torch.arange(600) < lengths[:, None]
+    values = torch.rand(600, 600, generator=torch.Generator().manual_seed(0))
     for fraction in (0.3, 0.4, 0.6, 1.0):
         exact = [-(-int(n) * round(fraction * 10) // 10) for n in lengths]
         kept = vppo.token_filter(values, mask, fraction)
@@ -253,6 +253,8 @@ def test_each_setting_trains_differently(tmp_path):
     settings = {
         "vppo": {}, "no filter": {"keep_fraction": 1.0}, "no shaping": {"beta_min": 1.0}, "row": {"mask_per": "row"},
         "kl": {"dependency": "kl"}, "twice": {"epochs_per_rollout": 2}, "fixed": {"beta_max": 1.5},
+        "neither": {"keep_fraction": 1.0, "beta_min": 1.0},
+        "only above 1": {"keep_fraction": 1.0, "beta_min": 1.0, "beta_max": 1.5},
     }  # fmt: skip
     assert len({run(vppo, tmp_path, name, **chosen) for name, chosen in settings.items()}) == len(settings)
 
@@ -261,6 +263,7 @@ def test_each_setting_trains_differently(tmp_path):
     ("settings", "message"),
     [
         ({"keep_fraction": 0.0}, "--keep-fraction 0.0: must be from 0.001 to 1"),
+        ({"entropy_coef": float("nan")}, "--entropy-coef nan: must be at least 0"),
         ({"mask_prob": 1.5}, "--mask-prob 1.5: must be from 0 to 1"),
         ({"beta_max": 0.5}, "--beta-max 0.5: must exceed --beta-min 0.9"),
     ],
