@@ -129,17 +129,22 @@ def extract(completion: str, answer_format: str = "auto") -> tuple[str | None, s
         start = lower.index(">", closed) + 1
         text, lower = text[start:], lower[start:]
     if answer_format in ("tag", "auto"):
-        found = {unbox(content.strip()) for content in tagged(text, lower)} - {""}
+        found = {opened_boxes(content) or content.strip() for content in tagged(text, lower)} - {""}
         if len(found) > 1:
             return None, "hedge"
         if found:
             return found.pop(), "ok"
     if answer_format in ("boxed", "auto"):
-        contents = dict.fromkeys(unbox(content.strip()) for content in last_boxes(text))
-        answer = ", ".join(content for content in contents if content)
+        answer = opened_boxes(text)
         if answer:
             return answer, "ok"
     return None, "no_answer"
+
+
+def opened_boxes(text: str) -> str:
+    """What stands in the last boxes of a text, different contents after commas; empty where there is none."""
+    contents = dict.fromkeys(unbox(content.strip()) for content in last_boxes(text))
+    return ", ".join(content for content in contents if content)
 
 
 def tagged(text: str, lower: str) -> list[str]:
@@ -193,6 +198,7 @@ def unbox(answer: str) -> str:
 
 _SUPERSCRIPTS = {c: str(i) for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
 _SIGNS = {"−": "-", "–": "-", "⁄": "/", "×": r"\times ", "·": r"\cdot ", "°": r"^\circ", "π": r"\pi "}
+_SIGNS |= {"∞": r"\infty ", "±": r"\pm "}
 
 
 def normalize(answer: str) -> str:
@@ -202,6 +208,9 @@ def normalize(answer: str) -> str:
     for char in set(answer):
         if unicodedata.category(char) == "No" and "⁄" in (parts := unicodedata.normalize("NFKC", char)):
             answer = answer.replace(char, " " + parts.replace("⁄", "/"))
+    answer = re.sub(
+        r"√ ?(?:(\d+(?:\.\d+)?|[a-zA-Z])|[({]([^(){}]*)[)}])", lambda m: rf"\sqrt{{{m[1] or m[2]}}}", answer
+    )
     answer = unicodedata.normalize("NFKC", answer)
     answer = "".join(
         str(unicodedata.decimal(c)) if c.isdecimal() else _SIGNS.get(c, c)
@@ -211,6 +220,8 @@ def normalize(answer: str) -> str:
     answer = re.sub(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\\$|\\[,!;:()\[\]]|\$|\*\*", "", answer)
     answer = answer.replace("\\ ", " ").replace("~", " ").replace("\\%", "%").replace("{,}", ",")
     answer = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", answer)
+    # From left to right, as it is written: the parser would take 4/3\pi for 4/(3\pi).
+    answer = re.sub(r"(?<![\w.^/)\]}])(\d+) ?/ ?(\d+)(?= ?\\[a-z])", r"\\frac{\1}{\2}", answer)
     for _ in range(3):
         answer = re.sub(r"\\(?:text|mathrm|textbf|mathbf|operatorname|mbox)\s?\{([^{}]*)\}", r"\1", answer)
     answer = " ".join(answer.split())
@@ -230,18 +241,37 @@ _FRACTION = re.compile(
     rf"([+-]?) ?(?:(\d+) ?)??(?:\\frac ?(?:\{{ ?([+-]?{_DECIMAL}) ?\}} ?\{{ ?([+-]?{_DECIMAL}) ?\}}|(\d) ?(\d))"
     rf"|({_DECIMAL}) ?/ ?({_DECIMAL}))"
 )
-_UNITS = (
-    "mm|cm|dm|m|km|in|inch|inches|ft|foot|feet|yd|yard|yards|mi|mile|miles|mg|g|gram|grams|kg|lb|lbs|oz|ml|l|liter|liters"
-    "|litre|litres|s|sec|second|seconds|min|minute|minutes|h|hr|hour|hours|day|days|week|weeks|year|years|unit|units"
-    "|degree|degrees|deg|rad|radian|radians|dollar|dollars|cent|cents|euro|euros|meter|meters|metre|metres|centimeter"
-    "|centimeters|kilometer|kilometers|mph|percent|n|j|w|v|a|hz|k|c|f|pa|kpa|mol"
+_SPELLINGS = (  # of units: the first of a line stands for all
+    "mm millimeter millimeters millimetre millimetres", "cm centimeter centimeters centimetre centimetres", "dm",
+    "m meter meters metre metres", "km kilometer kilometers kilometre kilometres", "in inch inches", "ft foot feet",
+    "yd yds yard yards", "mi mile miles", "mg milligram milligrams", "g gram grams", "kg kgs kilogram kilograms",
+    "lb lbs pound pounds", "oz ounce ounces", "ml milliliter milliliters", "l liter liters litre litres",
+    "s sec secs second seconds", "min mins minute minutes", "h hr hrs hour hours", "day days", "week weeks",
+    "month months", "year years", "unit units", "deg degree degrees", "rad radian radians", "dollar dollars",
+    "cent cents", "euro euros", "mph", "% percent", "n newton newtons", "j joule joules", "w watt watts",
+    "v volt volts", "a ampere amperes amp amps", "hz", "k kelvin", "c", "f", "pa", "kpa", "mol mole moles",
 )  # fmt: skip
+_UNIT = {spelling: line.split()[0] for line in _SPELLINGS for spelling in line.split()}
+_UNITS = "|".join(spelling for spelling in _UNIT if spelling != "%")
 _QUANTITY_END = re.compile(
-    r" ?(%|\^ ?\\circ|\^ ?\{ ?\\circ ?\}"
-    rf"|(?:square |sq\.? |cubic )?(?:{_UNITS})(?: ?/ ?(?:{_UNITS}))?(?: ?\^ ?\{{?[23]\}}?)?)\.?",
+    r" ?(?:(%)|(\^ ?(?:\\circ|\{ ?\\circ ?\}) ?[CF]?)"
+    rf"|(square |sq\.? |cubic )?({_UNITS})(?: ?/ ?({_UNITS}))?(?: ?\^ ?\{{?([23])\}}?)?)\.?",
     re.IGNORECASE,
 )
-_SAME_UNIT = {"percent": "%", "degree": "deg", "degrees": "deg", "inch": "in", "inches": "in", "foot": "ft"}
+
+
+def unit_of(text: str) -> str | None:
+    """One spelling of the unit that stands behind a number: `m2` for `m^2`, `square meters` and the like."""
+    match = _QUANTITY_END.fullmatch(text)
+    if not match:
+        return None
+    percent, degrees, power, name, per, exponent = match.groups()
+    if percent or degrees:
+        return "%" if percent else "deg"
+    if len(text) == 1 and text not in "mgslhACFJKLNVW":
+        return None  # 2a and 4n are algebra
+    exponent = exponent or {"s": "2", "c": "3"}.get((power or " ")[0].lower(), "")
+    return _UNIT[name.lower()] + exponent + (f"/{_UNIT[per.lower()]}" if per else "")
 
 
 def decimal(text: str) -> Fraction | None:
@@ -280,11 +310,20 @@ def quantity(text: str) -> tuple[Fraction, str] | None:
     if len(text) > LONGEST_NUMBER:
         return None
     for end in re.finditer(r"(?<=[\d}.]) ?(?=[%^a-zA-Z])", text):  # where a number may stop and a unit start
-        unit = _QUANTITY_END.fullmatch(text[end.start() :])
+        unit = unit_of(text[end.start() :])
         if unit and (value := number(text[: end.start()].strip())) is not None:
-            name = re.sub(r"[\s{}]", "", unit[1].lower())
-            return value, "deg" if "circ" in name else _SAME_UNIT.get(name, name)
+            return value, unit
     return None
+
+
+def without_unit(text: str) -> tuple[str, str]:
+    """`12\\sqrt{3} cm^2` as `12\\sqrt{3}` and `cm2`. Of single letters only an `m` set apart is a unit here."""
+    for end in re.finditer(r"(?:(?<=[})])|(?<=\\pi))( ?)(?=[a-zA-Z])", text):
+        rest = text[end.end() :]
+        unit = unit_of(rest)
+        if unit and (rest[1:2].isalpha() or (rest[0] == "m" and end[1])):
+            return text[: end.start()], unit
+    return text, ""
 
 
 def same_quantity(one: tuple[Fraction, str], gold: tuple[Fraction, str]) -> bool:
@@ -328,29 +367,57 @@ def integer(text: str, _choices=None) -> int | None:
 # ------------------------------------------------------------------------------------------------- the other readers
 
 
+_LEAD = re.compile(r"(?:the )?(?:correct |final |right )?(?:answer|option|choice)(?: is)?:? ", re.IGNORECASE)
+_OTHER_LETTER = re.compile(  # behind a first one: `or B`, `, (B)`, `(B)`, `B.` and the like
+    r"(?:^|\b(?:or|and|OR|AND)\b|[,/&;]) ?\(?[A-H]\)?(?:[.,:;)]|$)|\([A-H]\)|(?<![A-Za-z])[A-H][.):](?![a-z])"
+)
+
+
+def without_lead(text: str) -> str:
+    """`The answer is B` as `B`."""
+    match = _LEAD.match(text)
+    return text[match.end() :] if match else text
+
+
+def same_option(one: str, other: str) -> bool:
+    numbers = quantity(one), quantity(other)
+    return same_text(one, other) or (all(numbers) and same_quantity(*numbers))
+
+
 def letter(text: str, choices: Sequence[str] | None = None) -> str | None:
-    """The one option that a text names: `B`, `(B)`, `Option B`, `B. its text`, or its text alone."""
+    """The one option that a text names: `B`, `(B)`, `Option B`, `B. its text`, or its text alone.
+
+    Behind the letter the text may be put otherwise, but not be another option's, and no second letter may follow.
+    """
     options = [normalize(str(choice)) for choice in choices or ()]
-    match = re.fullmatch(r"(?:(?:option|choice|answer)(?: is)?:? )?\(?([a-z])\)?[.:]?", text, re.IGNORECASE)
+    spoken = without_lead(text)
+    match = re.fullmatch(r"\(?([a-z])\)?[.:]?", spoken, re.IGNORECASE)
     if match:
         return match[1].upper()
-    named = [chr(ord("A") + i) for i, option in enumerate(options) if same_text(option, text)]
+    named = [chr(ord("A") + i) for i, o in enumerate(options) if same_text(o, text) or same_text(o, spoken)]
     if len(named) == 1:
         return named[0]
-    match = re.fullmatch(r"(?:\(([a-z])\)[.:]?|([a-z])[.:)]) ?(.+)", text, re.IGNORECASE)
+    match = re.fullmatch(r"(?:\(([a-z])\)[.:]?|([a-z])[.:)]) ?(.+)", spoken, re.IGNORECASE)
     if not match:
         return None  # an A before other words is an article, not an answer
-    name, place = (match[1] or match[2]).upper(), ord((match[1] or match[2]).upper()) - ord("A")
-    if options and not (place < len(options) and same_text(options[place], match[3])):
+    name, rest = match[1] or match[2], match[3]
+    others = {chr(ord("A") + i): option for i, option in enumerate(options)}
+    own = others.pop(name.upper(), None)
+    if own is not None and same_text(own, rest):
+        return name.upper()
+    if (options and own is None) or any(same_option(option, rest) for option in others.values()):
         return None
-    return name
+    return None if _OTHER_LETTER.search(rest if name.isupper() else rest.upper()) else name.upper()
 
 
 def letters(text: str, _choices=None) -> frozenset[str] | None:
-    """The set of letters in `A, C` or `(A) and (C)`."""
-    parts = [part for part in re.split(r"[,;\s]+|and", text) if part]
+    """The set of letters in `A, C` or `(A) and (C)`, or the one of `A. its text`."""
+    parts = [part for part in re.split(r"[,;\s]+|and", without_lead(text)) if part]
     found = [re.fullmatch(r"\(?([A-Za-z])\)?\.?", part) for part in parts]
-    return frozenset(m[1].upper() for m in found) if parts and all(found) else None
+    if parts and all(found):
+        return frozenset(m[1].upper() for m in found)
+    one = letter(text)
+    return frozenset(one) if one else None
 
 
 def clock(text: str, _choices=None) -> tuple[int, int] | None:
@@ -362,7 +429,7 @@ def clock(text: str, _choices=None) -> tuple[int, int] | None:
 
 
 def yes_or_no(text: str, _choices=None) -> str | None:
-    words = re.findall(r"[a-z]+", text.lower())
+    words = re.findall(r"[a-z]+", without_lead(text).lower())
     if not words or words[0] not in ("yes", "no"):
         return None
     return None if {"yes", "no"} <= set(words) else words[0]
@@ -374,7 +441,7 @@ READERS = {
     "letters": letters,
     "time": clock,
     "yesno": yes_or_no,
-    "float3": lambda text, _choices=None: number(text),
+    "float3": lambda text, _choices=None: percent(without_name(without_lead(text))),
 }
 
 
@@ -425,7 +492,12 @@ def same_math(answer: str, gold: str, depth: int = 0) -> tuple[bool, str]:
     value, target = quantity(answer), quantity(gold)
     if value and target:
         return same_quantity(value, target), "ok"
-    parts, gold_parts = elements(answer), elements(gold)
+    if all(re.fullmatch(r"[A-Za-z ]{3,}", text) for text in (answer, gold)):
+        return False, "ok"  # words, or letters in order, which algebra would take for products
+    (answer, unit), (gold, gold_unit) = without_unit(answer), without_unit(gold)
+    if unit and gold_unit and unit != gold_unit:
+        return False, "ok"
+    parts, gold_parts = elements(as_list(answer)), elements(as_list(gold))
     if (parts or gold_parts) and depth == 0:
         if not parts or not gold_parts or len(parts[1]) != len(gold_parts[1]):
             return False, "ok"
@@ -435,6 +507,14 @@ def same_math(answer: str, gold: str, depth: int = 0) -> tuple[bool, str]:
         return worker.equal(answer, gold)
     finally:
         _idle.put(worker)
+
+
+def as_list(text: str) -> str:
+    """`3 and 5`, `3; 5` and `3 or 5` as `3, 5`, `a \\pm b` as `a + b, a - b`."""
+    if text.count(r"\pm") == 1 and "," not in text:
+        plus, minus = (text.replace(r"\pm", sign).strip() for sign in "+-")
+        text = f"{plus.removeprefix('+')}, {minus}"
+    return re.sub(r";| and | or ", ",", text)
 
 
 def elements(text: str) -> tuple[str, list[str]] | None:

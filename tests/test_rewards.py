@@ -131,6 +131,70 @@ CASES = [
 ]
 
 
+# As models write answers: completion's answer, gold, kind, choices, right?
+ANGLES = (r"$45^\circ$", r"60°", r"$75^\circ$", r"90°")
+SPELLINGS = [
+    # a box inside the tags, alone or in a sentence
+    *((rf"{before}\boxed{{5}}{after}", "5", "int", None, True) for before, after in (
+        ("$", "$"), (r"\[", r"\]"), ("x = ", ""), ("The answer is ", "."))),
+    (r"The answer is \boxed{B}", "B", "letter", None, True), (r"\boxed{4} or \boxed{5}", "5", "int", None, False),
+    # letters with text, put otherwise or another option's; several letters
+    *((text, "B", "letter", ANGLES, True) for text in (
+        "B. 60", "B. $60^{\\circ}$", "(B) 60 degrees", "B: about 60°", "60°", "The answer is B", "Option B: 60°",
+        "The correct option is (B).", "b) sixty degrees")),
+    *((text, "B", "letter", ANGLES, False) for text in (
+        "B. 75", r"B. $75^\circ$", "B. 60°, or C. 75°", "B. 60 (C) 75", "B. 60, C", "E. 60°", "not B")),
+    *((text, "A", "letter", None, False) for text in (
+        "(A) or (B)", "(A), (B)", "A. B. C. D.", "A.B.C.D", "(A)(B)(C)(D)", "A: x B: y", "a. x or b", "A. x, B",
+        "A. 5 / B. 7", "A. x; B) y", "a. x b. y")),
+    *((text, "A", "letter", None, True) for text in (
+        "A. the point C", "A. it is vitamin C", "A: 5 cm and more", "(A) fruit, e.g. apples", "Answer: A",
+        "A. I, II", "A. P, Q")),
+    ("A. 1/2", r"$\frac{1}{2}$", "choice", (r"$\frac{1}{2}$", r"$\frac{1}{3}$"), True),
+    ("A. 1/3", r"$\frac{1}{2}$", "choice", (r"$\frac{1}{2}$", r"$\frac{1}{3}$"), False),
+    *((text, "A", "letters", None, True) for text in ("A. foo", "A: foo", "Option A", "The answer is A")),
+    ("The answer is A, C", "A, C", "letters", None, True), ("A. foo or C", "A", "letters", None, False),
+    ("The answer is yes", "yes", "yesno", None, True), ("The answer is not yes", "yes", "yesno", None, False),
+    *((text, "3.14", "float3", None, True) for text in ("3.14 cm", "x = 3.14", "The answer is 3.14", "3.14")),
+    ("60°", "60", "float3", None, True), ("50%", "0.5", "float3", None, True), ("3.2", "3.14", "float3", None, False),
+    # mathematics: roots and infinity as characters, fractions before symbols
+    ("√3", r"\sqrt{3}", "math", None, True), ("5√2", r"5\sqrt{2}", "math", None, True),
+    ("√41", r"\sqrt{41}", "math", None, True), ("7√2/2", r"\frac{7\sqrt{2}}{2}", "math", None, True),
+    ("√(x+1)", r"\sqrt{x+1}", "math", None, True), ("√3", r"\sqrt{5}", "math", None, False),
+    ("(−∞, 3)", r"(-\infty, 3)", "math", None, True), ("(−∞, 3]", r"(-\infty, 3)", "math", None, False),
+    (r"4/3\pi", r"\frac{4}{3}\pi", "math", None, True), (r"3/2\sqrt{3}", r"\frac{3\sqrt{3}}{2}", "math", None, True),
+    (r"x^2/3\pi", r"\frac{x^2}{3\pi}", "math", None, True), (r"4/3\pi", r"\frac{4}{3\pi}", "math", None, False),
+    # units: behind symbols, spelled in two ways, different ones
+    (r"25\pi", r"25\pi \text{ cm}^2", "math", None, True), (r"25\pi\text{ cm}^2", r"25\pi", "math", None, True),
+    (r"12\sqrt{3}\text{ cm}^2", r"12\sqrt{3}", "math", None, True), (r"25\pi m", r"25\pi", "math", None, True),
+    (r"\frac{15\sqrt{3}}{2}\text{ m}^2", r"\frac{15\sqrt{3}}{2}", "math", None, True),
+    (r"12\sqrt{3} cm^2", r"12\sqrt{3} cm", "math", None, False), (r"\sqrt{3}a", r"\sqrt{3}", "math", None, False),
+    (r"\sqrt{3} a", r"\sqrt{3}", "math", None, False), (r"12\sqrt{3} cm", r"11\sqrt{3} cm", "math", None, False),
+    *((one, other, "math", None, True) for one, other in (
+        ("5 ft", "5 feet"), ("10 cm", "10 centimeters"), ("10 centimeter", "10 centimeters"), ("8 hours", "8 h"),
+        ("5 m²", "5 square meters"), ("5 m^2", "5 sq. m"), ("5 kilograms", "5"), ("30°C", "30"),
+        ("5 kg", "5 kilograms"), ("12m", "12"), ("60 km/h", "60 kilometers/hour"))),
+    *((one, other, "math", None, False) for one, other in (
+        ("5 ft", "5 inches"), ("5 m", "5 square meters"), ("2", "2a"), ("4", "4n"), ("2", "2b"), ("4n", "4"))),
+    # lists in words, plus and minus
+    *((text, "3,5", "math", None, True) for text in ("3 and 5", "5; 3", "3 or 5", "5, 3")),
+    ("3 or -3", r"\pm 3", "math", None, True), ("±3", "3, -3", "math", None, True),
+    ("3", r"\pm 3", "math", None, False),
+    (r"2 \pm \sqrt{3}", r"2+\sqrt{3}, 2-\sqrt{3}", "math", None, True), ("3 or 5", "3", "math", None, False),
+    # words and letters in order are not products
+    ("ACB", "ABC", "math", None, False), ("CDAB", "ABCD", "math", None, False), ("felt", "left", "math", None, False),
+    ("abc", "ABC", "math", None, True), (r"z \cdot y \cdot x", "xyz", "math", None, True),
+    ("ba", "ab", "math", None, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, gold, kind, choices, right", SPELLINGS)
+def test_answers_as_models_write_them(text, gold, kind, choices, right, monkeypatch):
+    monkeypatch.setattr(rewards, "DEADLINE", 30.0)
+    verdict = check(answer(text), prepare_gold(gold, kind, choices), kind, choices)
+    assert verdict.correct is right, verdict
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[3]}")
 def test_case_table(case):
     _, completion, gold, kind, choices, right = case
