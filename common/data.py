@@ -320,7 +320,9 @@ def load_table(
         elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
             feature = datasets.List(datasets.Image(decode=False))
         encoded[column] = feature
-    return table.cast(datasets.Features(encoded)) if encoded != dict(table.features) else table
+    # Said, not cast: the stored columns are the same, and a cast would write a copy of the whole set beside it.
+    table.info.features = datasets.Features(encoded)
+    return table
 
 
 def hub_answers(name: str) -> bool:
