@@ -236,8 +236,8 @@ def open_source(data: str, split: str, draws: int | None = None, seed: int = 0) 
             f"--data {name}: its pictures are in {source.unpacked}; run `hf download {source.ids[0]} --repo-type "
             f"dataset --local-dir DIR`, unpack {source.unpacked} in DIR and pass --data {name}=DIR"
         )
-    splits = source.train if split == "train" or not source.test else source.test
-    splits = splits or source.test or ("",)
+    own = {"train": source.train, "validation": source.validation}.get(split)
+    splits = own or source.test or source.train or ("",)
     if split not in (*splits, "train"):
         print(f"--data {name}: {split!r} is its {' and '.join(splits) or 'only split'}", flush=True)
     from_hub = [folder] if folder else [i for i in source.ids if hub_answers(i)][:1] or source.ids[:1]

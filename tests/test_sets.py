@@ -56,7 +56,7 @@ def answered(example, right, wrong):
     assert not check(f"<answer>{wrong}</answer>", example.answer, example.kind, example.choices).correct
 
 
-def test_geometry3k(tmp_path):
+def test_geometry3k(tmp_path, capsys):
     rows = [
         {"images": [png()], "problem": "<image>Find x.", "answer": r"2 \sqrt { 3 }", "id": 7, "choices": ["1", "2"],
          "ground_truth": "B"},
@@ -64,12 +64,15 @@ def test_geometry3k(tmp_path):
          "ground_truth": "A"},
     ]  # fmt: skip
     save(tmp_path, "train", rows, images=IMAGES)
+    save(tmp_path, "validation", rows[:1], images=IMAGES)
     save(tmp_path, "test", rows[1:], images=IMAGES)
     first, second = only("geometry3k", tmp_path, "train")
     assert first.question == "<image>Find x." and first.kind == "math" and first.id == "7"
     answered(first, r"\sqrt{12}", "12")
     answered(second, "48", "84")
-    assert len(only("geometry3k", tmp_path)) == 1
+    assert [e.id for e in only("geometry3k", tmp_path)] == ["8"]
+    assert [e.id for e in only("geometry3k", tmp_path, "validation")] == ["7"], "not what the final test asks"
+    assert capsys.readouterr().out == ""
 
 
 def test_large_sets_are_read_as_far_as_a_run_draws(tmp_path, capsys):
@@ -121,7 +124,7 @@ def test_virl39k_as_the_papers_repacked_it(name, tmp_path):
     answered(example, "C", "D")
 
 
-def test_mmk12(tmp_path):
+def test_mmk12(tmp_path, capsys):
     row = {"id": "m1", "question": "How long?", "answer": "$2$ cm", "subject": "math", "image": png("RGBA")}
     save(tmp_path, "train", [row], image=IMAGE)
     save(tmp_path, "test", [row | {"question": "Which?\nA. 1\nB. 2", "answer": "B", "subject": "physics"}], image=IMAGE)
@@ -129,6 +132,9 @@ def test_mmk12(tmp_path):
     assert train.question == "<image>How long?" and test.group == "physics" and test.kind == "letter"
     answered(train, "2", "3")
     answered(test, "B", "A")
+    capsys.readouterr()
+    assert only("mmk12", tmp_path, "validation")[0].question == test.question
+    assert capsys.readouterr().out == "--data mmk12: 'validation' is its test\n"
 
 
 @pytest.mark.parametrize(
