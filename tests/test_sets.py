@@ -2,9 +2,12 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import datasets
 import pytest
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from PIL import Image
 
 from common import evaluate as evaluation
@@ -372,11 +375,41 @@ def test_a_set_of_another_form_says_which_column_is_missing(tmp_path):
 def test_what_is_not_there_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="--data mmstar=/nothere: no such folder"):
         load_examples("mmstar=/nothere", "test")
-    monkeypatch.setattr("common.data.hub_answers", lambda name: False)
+    monkeypatch.setattr("common.data.hub_has", lambda name: None)
     with pytest.raises(SystemExit, match=r"`hf download Lin-Chen/MMStar .* and pass --data mmstar=DIR"):
         load_examples("mmstar", "test")
     with pytest.raises(SystemExit, match="--benchmark mmsta: choose among geometry3k"):
         evaluation.main(evaluation.Args(benchmark=("mmsta",)))
+
+
+def test_a_copy_under_another_owner_is_taken_where_the_first_is_not_there(monkeypatch):
+    first, second = SOURCES["vstar"].ids
+    answers, tried = {}, []
+    row = {"image": png(), "text": "Colour?", "label": "A", "category": "direct", "question_id": "1"}
+
+    def dataset_info(self, name, **options):
+        if name in answers:
+            raise answers[name]("404", response=SimpleNamespace(headers={}, request=None))
+
+    def load_dataset(name, *args, **options):
+        tried.append(name)
+        if name in answers:
+            raise DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub or cannot be accessed.")
+        return datasets.Dataset.from_list([row]).cast_column("image", IMAGE)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    load_examples("vstar", "test")
+    answers[first] = RepositoryNotFoundError
+    assert load_examples("vstar", "test")[0].question == "<image>Colour?"
+    assert tried == [first, second]
+    answers[second] = RepositoryNotFoundError
+    with pytest.raises(SystemExit, match=f"--data vstar: split 'test' cannot be loaded .*{first}.* doesn't exist"):
+        load_examples("vstar", "test")
+    answers[first] = GatedRepoError  # it is there, and its error says how to be let in
+    with pytest.raises(SystemExit, match=f"cannot be loaded .*{first}"):
+        load_examples("vstar", "test")
 
 
 def test_every_set_of_the_table_is_tested_here():
