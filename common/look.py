@@ -328,6 +328,7 @@ def main(args: Args) -> dict[str, dict]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = {}
     for title, name in zip(titles, args.model, strict=True):
+        policy = None  # let go of the last model before the next is loaded
         policy = load_policy(newest_checkpoint(name), device=device, trainable=False, max_pixels=args.max_pixels)
         models[title] = look(
             policy,
