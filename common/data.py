@@ -236,16 +236,16 @@ def open_source(data: str, split: str, draws: int | None = None, seed: int = 0) 
             f"--data {name}: its pictures are in {source.unpacked}; run `hf download {source.ids[0]} --repo-type "
             f"dataset --local-dir DIR`, unpack {source.unpacked} in DIR and pass --data {name}=DIR"
         )
-    splits = source.train if split == "train" or not source.test else source.test
-    splits = splits or source.test or ("",)
+    own = {"train": source.train, "validation": source.validation}.get(split)
+    splits = own or source.test or source.train or ("",)
     if split not in (*splits, "train"):
         print(f"--data {name}: {split!r} is its {' and '.join(splits) or 'only split'}", flush=True)
-    from_hub = [folder] if folder else [i for i in source.ids if hub_answers(i)][:1] or source.ids[:1]
+    # Where the hub cannot be asked the first will do; where it has none of them, loading the first says so.
+    place = folder or next((name for name in source.ids if hub_has(name) is not False), source.ids[0])
     options = {"data_files": str(Path(folder) / source.file)} if source.file else {}
     options |= {"draws": draws, "seed": seed, "rows": source.rows} if source.rows else {}
     tables = [
         load_table(data, "parquet" if source.file else place, part, config, hub=not folder, **options)
-        for place in from_hub
         for config in source.configs
         for part in splits
     ]
@@ -286,7 +286,7 @@ def load_table(
     one. `rows` is the split's size, where it is known."""
     import datasets
 
-    if hub and not datasets.config.HF_HUB_OFFLINE and not hub_answers(name):
+    if hub and not datasets.config.HF_HUB_OFFLINE and hub_has(name) is None:
         datasets.config.HF_HUB_OFFLINE = True  # the cache is asked at once, without half a minute of trying the hub
     try:
         if Path(name, "dataset_info.json").is_file() or Path(name, "dataset_dict.json").is_file():
@@ -320,19 +320,23 @@ def load_table(
         elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
             feature = datasets.List(datasets.Image(decode=False))
         encoded[column] = feature
-    return table.cast(datasets.Features(encoded)) if encoded != dict(table.features) else table
+    # Said, not cast: the stored columns are the same, and a cast would write a copy of the whole set beside it.
+    table.info.features = datasets.Features(encoded)
+    return table
 
 
-def hub_answers(name: str) -> bool:
+def hub_has(name: str) -> bool | None:
+    """Whether the hub has a data set of that id; None where it cannot be reached."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     try:
         HfApi().dataset_info(name, timeout=10)
-    except HfHubHTTPError:
-        return True  # it refuses; loading will say why
+    except HfHubHTTPError as error:
+        # A gated set counts as not found, but is there. Of any other refusal loading will say why.
+        return isinstance(error, GatedRepoError) or not isinstance(error, RepositoryNotFoundError)
     except Exception:  # whatever the network's layers raise
-        return False
+        return None
     return True
 
 

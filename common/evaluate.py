@@ -492,6 +492,7 @@ def evaluate_on(args: Args) -> tuple[dict[str, dict], dict[str, dict]]:
         finished = "accuracy" in result and args.data.split("=")[0] in SOURCES
         if set(wanted) <= set(result.get("cells", ())) if args.corruptions else finished:
             continue
+        policy = None  # let go of the last model before the next is loaded
         policy = load_policy(marks[name]["checkpoint"], device=device, trainable=False, max_pixels=args.max_pixels)
         options = dict(
             template=args.prompt_template or usual(name)["prompt_template"],

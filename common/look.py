@@ -7,15 +7,16 @@
     focus       (1 + cosine of the token's last hidden state and the mean state of the image's tokens) / 2
                 (VGPO, arXiv 2604.09349, eq. 4)
 
-Written are index.html (each token coloured by both, the picture beside it), tokens.png (the same as a picture),
-curves.png (both against the place in the completion: a fall is visual forgetting) and look.json. Every model sees the
-same pictures under the same masks; colours share one scale.
+Written are index.html (each token coloured by both, the picture beside it), tokens.png (the same as a picture, of the
+first tokens of long completions), curves.png (both against the place in the completion: a fall is visual forgetting)
+and look.json. Every model sees the same pictures under the same masks; colours share one scale.
 """
 
 import base64
 import html
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from common.run import check_least, write
 
 LATE = 0.5  # a completion's last half is late
 PLACES = 10  # of the curves
+DRAWN = 300  # tokens of a completion in the picture; the page has all
 FIGURES = ("dependency", "focus", "late dependency", "late focus")
 
 
@@ -232,50 +234,60 @@ def page(models: dict[str, list[Look]], examples: Sequence[Example]) -> str:
     return "".join(parts) + "</html>\n"
 
 
-def plot_tokens(models: dict[str, list[Look]], examples: Sequence[Example], path: Path, columns: int = 88) -> None:
-    """The page's first examples as a picture: monospaced, so that a token's width is its length."""
+def plot_tokens(models: dict[str, list[Look]], examples: Sequence[Example], path: Path, columns: int = 128) -> None:
+    """The page's first examples as a picture: monospaced, so that a token's width is its length. Of a completion the
+    first `DRAWN` tokens; a line says how many more there are."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    scale, rows = scales(models), []  # a row: (example, heading) or (example, [(column, token, colour)])
+    figure = plt.figure(dpi=130)
+    # Data sets and models write $ for maths, which matplotlib would set, or stop at.
+    plain, font = {"parse_math": False}, {"family": "monospace", "fontsize": 8}
+    ruler = figure.text(0, 0, "0" * 100, **font)
+    width = ruler.get_window_extent().width / 100 / figure.dpi  # inches of a column: what this font takes as drawn here
+    ruler.remove()
+    unit, picture = 0.165, 28  # inches a line; columns that the pictures take
+
+    scale, rows, pictures = scales(models), [], []  # a row: a heading, or [(column, token, colour)]
     for n, example in enumerate(examples):
-        rows.append((n, f"{example.question.replace('<image>', '').strip()}  (answer {example.answer})"))
+        top, height = len(rows), 0
+        for image in example.images[:1]:
+            height = (picture - 2) * width / unit * image.height / image.width
+            pictures.append((image, (-picture + 1, -1, top + height - 0.5, top - 0.5)))
+        rows.append(f"{example.question.replace('<image>', '').strip()}  (answer {example.answer})")
         for name, looks in models.items():
-            for figure in FIGURES[:2]:
-                rows.append((n, f"{name}, {'right' if looks[n].right else 'wrong'}: {figure}"))
+            for measure in FIGURES[:2]:
+                rows.append(f"{name}, {'right' if looks[n].right else 'wrong'}: {measure}")
                 line, column = [], 0
-                for token, value in zip(looks[n].tokens, getattr(looks[n], figure), strict=True):
+                for token, value in zip(looks[n].tokens[:DRAWN], getattr(looks[n], measure)[:DRAWN], strict=True):
                     token = token.replace("\n", "↵")
                     if column + len(token) > columns:
-                        rows.append((n, line))
+                        rows.append(line)
                         line, column = [], 0
-                    line.append((column, token, [c / 255 for c in shade(value, scale[figure], figure)]))
+                    line.append((column, token, [c / 255 for c in shade(value, scale[measure], measure)]))
                     column += len(token)
-                rows.append((n, line))
-        rows.append((n, ""))
-    unit, picture = 0.165, 22  # inches a line; columns that the pictures take
-    figure, axis = plt.subplots(figsize=((columns + picture) * 0.088, (len(rows) + 2) * unit))
-    axis.set(xlim=(-picture, columns + 1), ylim=(len(rows) + 1, -1))
+                rows.append(line)
+                if (more := len(looks[n].tokens) - DRAWN) > 0:
+                    rows.append(f"… and {more:,} more tokens, which the page shows")
+        rows += [""] * max(1, math.ceil(top + height - len(rows)))  # the next picture stands below this one
+    figure.set_size_inches((picture + columns + 1) * width, (len(rows) + 2) * unit)
+    axis = figure.add_axes((0, 0, 1, 1))
     axis.axis("off")
-    axis.set_position((0, 0, 1, 1))
-    for y, (_, row) in enumerate(rows):
+    for y, row in enumerate(rows):
         if isinstance(row, str):
-            axis.text(0, y, row, fontsize=7.5, weight="bold" if row.endswith(")") else None, color="#333", va="center")
+            weight = "bold" if row.endswith(")") else None
+            axis.text(0, y, row, fontsize=7.5, weight=weight, color="#333", va="center", **plain)
             continue
-        for column, token, colour in row:
-            axis.add_patch(plt.Rectangle((column, y - 0.5), len(token), 1, color=colour, linewidth=0))
-            # Each character in its column: the text then stays on its colour whatever the font's own width.
-            for i, character in enumerate(token):
-                axis.text(column + i + 0.5, y, character, family="monospace", fontsize=8, ha="center", va="center")
-    for n, example in enumerate(examples):
-        top = next(y for y, (owner, _) in enumerate(rows) if owner == n)
-        for image in example.images[:1]:
-            height = (picture - 2) * 0.088 / unit * image.height / image.width
-            axis.imshow(image, extent=(-picture + 1, -1, top + height - 0.5, top - 0.5), aspect="auto", zorder=1)
+        spans, colours = [(column, len(token)) for column, token, _ in row], [colour for *_, colour in row]
+        axis.broken_barh(spans, (y - 0.5, 1), facecolors=colours, linewidth=0)
+        for column, token, _ in row:
+            axis.text(column, y + 0.25, token, va="baseline", **font, **plain)
+    for image, extent in pictures:
+        axis.imshow(image, extent=extent, aspect="auto", zorder=1)
     axis.set(xlim=(-picture, columns + 1), ylim=(len(rows) + 1, -1))
-    figure.savefig(path, dpi=130)
+    figure.savefig(path)
     plt.close(figure)
 
 
@@ -328,6 +340,7 @@ def main(args: Args) -> dict[str, dict]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = {}
     for title, name in zip(titles, args.model, strict=True):
+        policy = None  # let go of the last model before the next is loaded
         policy = load_policy(newest_checkpoint(name), device=device, trainable=False, max_pixels=args.max_pixels)
         models[title] = look(
             policy,

@@ -147,10 +147,13 @@ def load_policy(
         tokenizer = AutoTokenizer.from_pretrained(source)
         if tokenizer.convert_tokens_to_ids("<|image_pad|>") != config.image_token_id:
             raise ValueError("its tokenizer does not have <|image_pad|>, or not where the model has it")
-        # The processor of all three families. The automatic class wants torchvision in some releases.
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(source)
         tokenizer.chat_template = vision_chat_template(source, tokenizer)
         end_token_ids = all_end_tokens(source, tokenizer)
+    # An adapter was trained on pictures of the size that its own folder says, not the base model's.
+    sizes = adapter if adapter and (Path(adapter) / "preprocessor_config.json").is_file() else source
+    with loading(name, sizes):
+        # The processor of all three families. The automatic class wants torchvision in some releases.
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(sizes)
     if max_pixels:
         smallest = min(image_processor.size["shortest_edge"], max_pixels)
         image_processor.size = {"shortest_edge": smallest, "longest_edge": max_pixels}

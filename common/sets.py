@@ -27,6 +27,8 @@ class Source:
     """splits that serve as `train`"""
     test: tuple[str, ...] = ()
     """splits that serve as any other"""
+    validation: tuple[str, ...] = ()
+    """splits that serve as `validation`, where the set keeps that apart from its test"""
     configs: tuple[str | None, ...] = (None,)
     """configurations, all of them read"""
     file: str = ""
@@ -217,7 +219,7 @@ BLINK = (
 
 SOURCES = {
     # to train on, some with a test split
-    "geometry3k": Source(("hiyouga/geometry3k",), geometry3k, ("train",), ("test",)),
+    "geometry3k": Source(("hiyouga/geometry3k",), geometry3k, ("train",), ("test",), ("validation",)),
     "virl39k": Source(("TIGER-Lab/ViRL39K",), virl39k, ("train",), file="39Krelease.parquet", unpacked="images.zip"),
     "virl39k-vppo": Source(("chamber111/VPPO_ViRL39K_train",), problem_answer, ("train",), rows=38_870),
     "virl39k-papo": Source(("PAPOGalaxy/PAPO_ViRL39K_train",), problem_answer, ("train",), rows=38_870),

@@ -87,7 +87,10 @@ def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> 
             execute(["-m", "common.evaluate", "--model", path, "--split", split, "--limit", str(args.limit),
                      "--out", str(file), *flags])  # fmt: skip
         result = json.loads(file.read_text())["models"][path]
-        cells[split] = result.get("cells") or {CLEAN: [mean(row["correct"]) for row in result["rows"]]}
+        held = result.get("cells") or {CLEAN: [mean(row["correct"]) for row in result["rows"]]}
+        # An earlier command may have asked for more of this run than of those that came later.
+        wanted = [CLEAN, *(f"{name}/{level}" for name in choose(corrupted) for level in args.severities)]
+        cells[split] = {cell: held[cell] for cell in wanted}
     if args.look:
         file = folder.resolve() / "look" / "look.json"
         if not file.is_file() or len(next(iter(json.loads(file.read_text())["examples"].values()))) != args.look:

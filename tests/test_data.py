@@ -116,6 +116,26 @@ def test_parquet_as_hub_sets_have_it(tmp_path):
         load_examples(str(tmp_path), "dev")
 
 
+@pytest.mark.parametrize("form", ["save_to_disk", "parquet"])
+def test_a_set_is_read_where_it_lies_and_not_copied(form, tmp_path):
+    rows = [{"image": picture(32, 24, n), "images": [picture(8, 8, n)], "question": "?", "answer": n} for n in range(3)]
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    table = table.cast_column("images", datasets.List(datasets.Image()))
+    if form == "save_to_disk":
+        table.save_to_disk(tmp_path)
+    else:
+        table.to_parquet(tmp_path / "train.parquet")
+    before = sorted(tmp_path.rglob("*"))
+    for column, size in (("image", (32, 24)), ("images", (8, 8))):
+        examples = load_examples(str(tmp_path), "train", image_column=column)
+        row = examples.rows[0]
+        assert row["image"].keys() == row["images"][0].keys() == {"bytes", "path"}, "not decoded until it is drawn"
+        assert [example.images[0].size for example in examples] == [size] * 3
+    assert sorted(tmp_path.rglob("*")) == before
+    cached = [path.name for path in datasets.config.HF_DATASETS_CACHE.rglob("*.arrow")]
+    assert cached == ([] if form == "save_to_disk" else ["parquet-train.arrow"]), "what Parquet is read through, once"
+
+
 def test_parquet_from_other_programs(tmp_path):
     """Images as plain structs or bytes, as pandas and pyarrow write them."""
     data = png(picture(32, 24, 0))

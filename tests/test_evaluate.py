@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -443,6 +444,22 @@ def test_finished_cells_are_shown_without_a_model(tmp_path, monkeypatch):
     summary = main(args)
     monkeypatch.setattr(common.evaluate, "load_policy", lambda *args, **kwargs: pytest.fail("nothing is to do"))
     assert main(args) == summary
+
+
+@pytest.mark.parametrize("corruptions", [None, ("fog",)])
+def test_one_model_at_a_time_stands_in_memory(corruptions, tmp_path, monkeypatch):
+    other, loaded = str(tmp_path / "other"), []
+    shutil.copytree(TINY, other)
+
+    def load_alone(*args, **kwargs):
+        assert all(before() is None for before in loaded), "the last model is still held"
+        policy = load_policy(*args, **kwargs)
+        loaded.append(weakref.ref(policy.model))
+        return policy
+
+    monkeypatch.setattr(common.evaluate, "load_policy", load_alone)
+    main(Args(model=("tiny", other), limit=2, max_completion_length=2, corruptions=corruptions))
+    assert len(loaded) == 2
 
 
 @pytest.mark.parametrize("corruptions", [None, ("fog",)])

@@ -1,6 +1,8 @@
 """Looking at tokens: the methods' own figures, at the right tokens, drawn on a page that holds whatever was written."""
 
 import json
+import shutil
+import weakref
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -13,8 +15,8 @@ import vgpo
 import vppo
 from common.data import Example
 from common.forward import Scorer
-from common.look import Args, Look, by_place, look, main, page, shade, summarize, visual_focus
-from common.model import process_images
+from common.look import DRAWN, Args, Look, by_place, look, main, page, plot_tokens, shade, summarize, visual_focus
+from common.model import TINY, load_policy, process_images
 from common.rollout import sample, uniform_numbers
 from tests.small_models import FAMILIES, picture, small_policy, small_prompts
 
@@ -121,6 +123,44 @@ def test_the_page_shows_what_was_written_and_runs_none_of_it():
     assert all(token in written for token in text) and "Is 1 < 2?" in written and " answer <b>3</b>" not in tags
 
 
+def drawn(tokens, examples, path, monkeypatch):
+    """The axis that the picture of examples, answered with the same tokens, is saved from."""
+    figures, values = [], np.linspace(0, 1, len(tokens))
+    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
+    plot_tokens({"tiny": [Look(tokens, values, values, True)] * len(examples)}, examples, path)
+    assert Image.open(path).width > 500
+    (axis,) = figures[0].axes
+    return axis
+
+
+def test_the_picture_shows_dollars_as_they_were_written(tmp_path, monkeypatch):
+    example = Example((picture(8, 8, 0),), r"<image>In $\parallelogram ABCD$?", r"$\nosuch$", "math")
+    axis = drawn([r"$\frac{1}$", "\n", "$x_$"], [example], tmp_path / "tokens.png", monkeypatch)
+    texts = [text.get_text() for text in axis.texts]
+    assert texts[0] == r"In $\parallelogram ABCD$?  (answer $\nosuch$)" and texts[2:5] == [r"$\frac{1}$", "↵", "$x_$"]
+
+
+def test_the_picture_has_a_text_a_token_on_its_colour_and_an_end(tmp_path, monkeypatch):
+    """Of a long completion it shows the first tokens and says so."""
+    tokens = ["mmmmmmmm", " and", " =", "iii"] * 300
+    axis = drawn(tokens, [Example((), "?", "3", "int")], tmp_path / "tokens.png", monkeypatch)
+    texts = [text for text in axis.texts if text.get_family() == ["monospace"]]
+    assert [text.get_text() for text in texts] == 2 * tokens[:DRAWN]
+    assert "… and 900 more tokens, which the page shows" in [text.get_text() for text in axis.texts]
+    colours = [span.x0 for row in axis.collections for span in (path.get_extents() for path in row.get_paths())]
+    assert [text.get_position()[0] for text in texts] == colours
+    for text in texts:
+        column, (left, right) = text.get_position()[0], text.get_window_extent().intervalx
+        ends = axis.transData.transform([(column, 0), (column + len(text.get_text()), 0)])[:, 0]
+        np.testing.assert_allclose((left, right), ends, atol=2, err_msg="pixels")
+
+
+def test_pictures_of_short_completions_do_not_cover_each_other(tmp_path, monkeypatch):
+    axis = drawn(["3"], examples(), tmp_path / "tokens.png", monkeypatch)
+    spans = [sorted(image.get_extent()[2:]) for image in axis.images]
+    assert len(spans) == 3 and spans[0][1] <= spans[1][0] and spans[1][1] <= spans[2][0]
+
+
 def test_one_command_looks_at_the_built_in_model(tmp_path, capsys):
     main(Args(limit=3, show=2, masks=1, out=str(tmp_path / "look")))
     assert "tiny" in capsys.readouterr().out
@@ -130,6 +170,22 @@ def test_one_command_looks_at_the_built_in_model(tmp_path, capsys):
     rows = saved["examples"]["tiny"]
     assert len(rows) == 3
     assert saved["summary"]["tiny"]["focus"]["mean"] == pytest.approx(np.mean([row["focus"] for row in rows]))
+
+
+def test_one_model_at_a_time_stands_in_memory(tmp_path, monkeypatch):
+    other, loaded = str(tmp_path / "other"), []
+    shutil.copytree(TINY, other)
+
+    def load_alone(*args, **kwargs):
+        assert all(before() is None for before in loaded), "the last model is still held"
+        policy = load_policy(*args, **kwargs)
+        loaded.append(weakref.ref(policy.model))
+        return policy
+
+    monkeypatch.setattr("common.look.load_policy", load_alone)
+    settings = dict(limit=1, show=1, masks=1, max_completion_length=4)
+    main(Args(model=("tiny", other), out=str(tmp_path / "look"), **settings))
+    assert len(loaded) == 2
 
 
 @pytest.mark.parametrize(

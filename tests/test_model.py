@@ -96,6 +96,13 @@ def test_max_pixels_bounds_the_image():
     assert int(prompts.image_grid_thw.prod()) * 8 * 8 <= 32 * 32
 
 
+def test_an_adapter_sees_pictures_as_small_as_in_its_training(tmp_path):
+    save_policy(small_policy(lora_rank=2, max_pixels=32 * 32), tmp_path)
+    assert load_policy(str(tmp_path)).image_processor.size["longest_edge"] == 32 * 32
+    (tmp_path / "preprocessor_config.json").unlink()  # peft alone writes none
+    assert load_policy(str(tmp_path)).image_processor.size["longest_edge"] == 128 * 128
+
+
 def test_the_vision_template_is_found_beside_a_text_only_one(tmp_path):
     """Qwen2.5-VL's tokenizer holds a text-only template; the one with images lies in chat_template.json."""
     folder = tmp_path / "model"

@@ -2,9 +2,12 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import datasets
 import pytest
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from PIL import Image
 
 from common import evaluate as evaluation
@@ -56,7 +59,7 @@ def answered(example, right, wrong):
     assert not check(f"<answer>{wrong}</answer>", example.answer, example.kind, example.choices).correct
 
 
-def test_geometry3k(tmp_path):
+def test_geometry3k(tmp_path, capsys):
     rows = [
         {"images": [png()], "problem": "<image>Find x.", "answer": r"2 \sqrt { 3 }", "id": 7, "choices": ["1", "2"],
          "ground_truth": "B"},
@@ -64,12 +67,15 @@ def test_geometry3k(tmp_path):
          "ground_truth": "A"},
     ]  # fmt: skip
     save(tmp_path, "train", rows, images=IMAGES)
+    save(tmp_path, "validation", rows[:1], images=IMAGES)
     save(tmp_path, "test", rows[1:], images=IMAGES)
     first, second = only("geometry3k", tmp_path, "train")
     assert first.question == "<image>Find x." and first.kind == "math" and first.id == "7"
     answered(first, r"\sqrt{12}", "12")
     answered(second, "48", "84")
-    assert len(only("geometry3k", tmp_path)) == 1
+    assert [e.id for e in only("geometry3k", tmp_path)] == ["8"]
+    assert [e.id for e in only("geometry3k", tmp_path, "validation")] == ["7"], "not what the final test asks"
+    assert capsys.readouterr().out == ""
 
 
 def test_large_sets_are_read_as_far_as_a_run_draws(tmp_path, capsys):
@@ -121,7 +127,7 @@ def test_virl39k_as_the_papers_repacked_it(name, tmp_path):
     answered(example, "C", "D")
 
 
-def test_mmk12(tmp_path):
+def test_mmk12(tmp_path, capsys):
     row = {"id": "m1", "question": "How long?", "answer": "$2$ cm", "subject": "math", "image": png("RGBA")}
     save(tmp_path, "train", [row], image=IMAGE)
     save(tmp_path, "test", [row | {"question": "Which?\nA. 1\nB. 2", "answer": "B", "subject": "physics"}], image=IMAGE)
@@ -129,6 +135,9 @@ def test_mmk12(tmp_path):
     assert train.question == "<image>How long?" and test.group == "physics" and test.kind == "letter"
     answered(train, "2", "3")
     answered(test, "B", "A")
+    capsys.readouterr()
+    assert only("mmk12", tmp_path, "validation")[0].question == test.question
+    assert capsys.readouterr().out == "--data mmk12: 'validation' is its test\n"
 
 
 @pytest.mark.parametrize(
@@ -366,11 +375,41 @@ def test_a_set_of_another_form_says_which_column_is_missing(tmp_path):
 def test_what_is_not_there_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="--data mmstar=/nothere: no such folder"):
         load_examples("mmstar=/nothere", "test")
-    monkeypatch.setattr("common.data.hub_answers", lambda name: False)
+    monkeypatch.setattr("common.data.hub_has", lambda name: None)
     with pytest.raises(SystemExit, match=r"`hf download Lin-Chen/MMStar .* and pass --data mmstar=DIR"):
         load_examples("mmstar", "test")
     with pytest.raises(SystemExit, match="--benchmark mmsta: choose among geometry3k"):
         evaluation.main(evaluation.Args(benchmark=("mmsta",)))
+
+
+def test_a_copy_under_another_owner_is_taken_where_the_first_is_not_there(monkeypatch):
+    first, second = SOURCES["vstar"].ids
+    answers, tried = {}, []
+    row = {"image": png(), "text": "Colour?", "label": "A", "category": "direct", "question_id": "1"}
+
+    def dataset_info(self, name, **options):
+        if name in answers:
+            raise answers[name]("404", response=SimpleNamespace(headers={}, request=None))
+
+    def load_dataset(name, *args, **options):
+        tried.append(name)
+        if name in answers:
+            raise DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub or cannot be accessed.")
+        return datasets.Dataset.from_list([row]).cast_column("image", IMAGE)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    load_examples("vstar", "test")
+    answers[first] = RepositoryNotFoundError
+    assert load_examples("vstar", "test")[0].question == "<image>Colour?"
+    assert tried == [first, second]
+    answers[second] = RepositoryNotFoundError
+    with pytest.raises(SystemExit, match=f"--data vstar: split 'test' cannot be loaded .*{first}.* doesn't exist"):
+        load_examples("vstar", "test")
+    answers[first] = GatedRepoError  # it is there, and its error says how to be let in
+    with pytest.raises(SystemExit, match=f"cannot be loaded .*{first}"):
+        load_examples("vstar", "test")
 
 
 def test_every_set_of_the_table_is_tested_here():

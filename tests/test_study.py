@@ -36,6 +36,22 @@ def test_a_small_study(tmp_path, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
 
 
+def test_a_study_goes_on_with_fewer_corruptions_and_a_new_seed(tmp_path, monkeypatch):
+    """The first seed's file holds cells that nobody asks for any more, and that the new seed does not have."""
+    monkeypatch.setattr("subprocess.run", lambda *args, **kwargs: SimpleNamespace(returncode=0))
+    for seed, held in ((1, ("clean/0", "fog/3", "fog/5", "contrast/5")), (2, ("clean/0", "fog/5"))):
+        run = tmp_path / f"grpo-seed{seed}"
+        (run / "evaluations").mkdir(parents=True)
+        (run / "summary.json").write_text("{}")
+        evaluated = {"models": {str(run): {"cells": {cell: [1.0, 0.0] for cell in held}}}}
+        (run / "evaluations" / "test-2.json").write_text(json.dumps(evaluated))
+    args = Args(methods=("grpo: grpo.py",), out=str(tmp_path), seeds=(1, 2), splits=("test",), severities=(5,), limit=2)
+    for corruptions, cells in ((("fog",), {"clean/0", "fog/5"}), ((), {"clean/0"})):
+        main(replace(args, corruptions=corruptions))
+        results = json.loads((tmp_path / "results.json").read_text())
+        assert set(results["splits"]["test"]["grpo"]["cells"]) == cells
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
