@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from queue import LifoQueue
 
-KINDS = ("int", "math", "float3", "relaxed", "letter", "letters", "choice", "time", "yesno", "exact")
+KINDS = ("int", "math", "float3", "rounded", "relaxed", "letter", "letters", "choice", "time", "yesno", "exact")
 STATUSES = ("ok", "no_answer", "hedge", "unparsed", "too_long", "timeout", "error")
 LONGEST_COMPLETION, LONGEST_ANSWER, LONGEST_EXPRESSION, LONGEST_NUMBER = 65_536, 2_048, 512, 200  # characters
 DEADLINE, START_DEADLINE = 2.0, 60.0  # seconds, of one comparison and of the worker's imports
@@ -442,6 +442,7 @@ READERS = {
     "time": clock,
     "yesno": yes_or_no,
     "float3": lambda text, _choices=None: percent(without_name(without_lead(text))),
+    "rounded": lambda text, _choices=None: percent(without_name(without_lead(text))),
 }
 
 
@@ -471,6 +472,8 @@ def compare(answer: str, gold: str, kind: str, choices: Sequence[str] | None = N
         return False, "unparsed"
     if kind == "float3":
         return abs(found - target) <= Fraction(1, 1000), "ok"
+    if kind == "rounded":  # to the decimals that the gold answer is written with
+        return abs(found - target) <= Fraction(1, 2 * 10 ** len(gold.partition(".")[2])), "ok"
     return found == target, "ok"
 
 

@@ -121,16 +121,18 @@ def puzzle_options(row):
 
 
 def mathvista(row):
-    question, choices = row["question"], options(row["choices"])
+    question, choices, answer = row["question"], options(row["choices"]), row["answer"]
     if row.get("unit"):
         question += f" (Unit: {row['unit']})"
     kind = {"integer": "int"}.get(row["answer_type"], "math")
     if row["question_type"] == "multi_choice":
         kind, question = "choice", lettered(question, choices)
     elif row["answer_type"] == "float" and row.get("precision"):
-        question += f" Round to {int(row['precision'])} decimals."
+        decimals = int(row["precision"])
+        question += f" Round to {decimals} decimals."
+        kind, answer = "rounded", f"{float(answer):.{decimals}f}"  # `1.50`: checked to as many decimals as it has
     task = (row.get("metadata") or {}).get("task", "")
-    return fields(row["decoded_image"], question, row["answer"], kind, choices or None, task, row["pid"])
+    return fields(row["decoded_image"], question, answer, kind, choices or None, task, row["pid"])
 
 
 def mathverse(row):

@@ -189,6 +189,8 @@ def test_mathvista(tmp_path, capsys):
     assert far.question == "<image>How far? (Unit: m) Round to 1 decimals."
     answered(choice, "B", "red")
     answered(far, "1.2", "1.3")
+    answered(far, "1.24", "1.26")  # what is given too exactly is rounded, as the benchmark does
+    answered(far, "1.16 m", "1.14")
     answered(many, "4", "5")
     answered(years, "[2005, 2007]", "[2005]")
     assert "--data mathvista: 'test' is its testmini" in capsys.readouterr().out
