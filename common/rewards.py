@@ -129,7 +129,7 @@ def extract(completion: str, answer_format: str = "auto") -> tuple[str | None, s
         start = lower.index(">", closed) + 1
         text, lower = text[start:], lower[start:]
     if answer_format in ("tag", "auto"):
-        found = {opened_boxes(content) or content.strip() for content in tagged(text, lower)} - {""}
+        found = {opened_in_place(content) for content in tagged(text, lower)} - {""}
         if len(found) > 1:
             return None, "hedge"
         if found:
@@ -147,6 +147,30 @@ def opened_boxes(text: str) -> str:
     return ", ".join(content for content in contents if content)
 
 
+def opened_in_place(text: str) -> str:
+    """What stands between two markers: its box where only words are around it, else all of it, boxes opened."""
+    spans = box_spans(text)
+    if not spans:
+        return text.strip()
+    before, after = text[: spans[0][0]], text[spans[-1][1] :]
+    if len(spans) == 1 and only_words(before) and only_words(after) and not unit_of(" " + after.strip(" $.*")):
+        return unbox(text[spans[0][0] : spans[0][1]])
+    start = spans[0][0] if only_words(before) else 0
+    pieces = []
+    for begin, end in spans:
+        pieces += [text[start:begin], unbox(text[begin:end])]
+        start = end
+    return "".join([*pieces, "" if re.fullmatch(r"(?:[\s$*.]|\\[)\]])*", after) else after]).strip()
+
+
+def only_words(text: str) -> bool:
+    """Nothing that could be an answer, nor a sign before one: `The answer is`, `x =`, `$`."""
+    words = re.sub(r"\\[()\[\]]|[\s$*.:,]+", " ", text).split()
+    return all(re.fullmatch(r"[A-Za-z']{2,}|[a-zI]|=", word) for word in words) and not (
+        {word.lower() for word in words} & (_CONNECTIVES | {"not", "yes", "no"})
+    )
+
+
 def tagged(text: str, lower: str) -> list[str]:
     """What stands between <answer> and </answer>; a second opening marker starts the pair again."""
     contents, start = [], None
@@ -159,8 +183,8 @@ def tagged(text: str, lower: str) -> list[str]:
     return contents
 
 
-def last_boxes(text: str) -> list[str]:
-    """Contents of the last \\boxed{...} and of those before it that only an "or" or the like separates from it."""
+def box_spans(text: str) -> list[tuple[int, int]]:
+    """Where each \\boxed{...} begins and ends."""
     boxes, position = [], 0
     while (begin := text.find("\\boxed{", position)) >= 0:
         depth = 0
@@ -172,6 +196,12 @@ def last_boxes(text: str) -> list[str]:
             break  # never closed: dropped, with everything after it
         position = begin + 6 + brace.end()
         boxes.append((begin, position))
+    return boxes
+
+
+def last_boxes(text: str) -> list[str]:
+    """Contents of the last \\boxed{...} and of those before it that only an "or" or the like separates from it."""
+    boxes = box_spans(text)
     joined = boxes[-1:]
     for box in reversed(boxes[:-1]):
         between = text[box[1] : joined[0][0]]
@@ -186,7 +216,9 @@ def last_boxes(text: str) -> list[str]:
 
 def unbox(answer: str) -> str:
     """An answer that is itself one \\boxed{...} is what stands in it."""
-    while answer.startswith("\\boxed{") and answer.endswith("}"):
+    for _ in range(8):  # each time the whole text is read
+        if not (answer.startswith("\\boxed{") and answer.endswith("}")):
+            break
         boxes = last_boxes(answer)
         if len(boxes) != 1 or len(boxes[0]) != len(answer) - 8:
             break
@@ -198,7 +230,9 @@ def unbox(answer: str) -> str:
 
 _SUPERSCRIPTS = {c: str(i) for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
 _SIGNS = {"−": "-", "–": "-", "⁄": "/", "×": r"\times ", "·": r"\cdot ", "°": r"^\circ", "π": r"\pi "}
-_SIGNS |= {"∞": r"\infty ", "±": r"\pm "}
+_SIGNS |= {"∞": r"\infty ", "±": r"\pm ", "≈": r"\approx ", "∶": ":", "√": " sqrt"}
+_ABOUT = r"(?:\\approx|\\sim|about|approximately|approx\.?|roughly|around)"
+_TEXT = r"text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt)|operatorname|mbox|emph|boldsymbol|underline|fbox"
 
 
 def normalize(answer: str) -> str:
@@ -208,22 +242,27 @@ def normalize(answer: str) -> str:
     for char in set(answer):
         if unicodedata.category(char) == "No" and "⁄" in (parts := unicodedata.normalize("NFKC", char)):
             answer = answer.replace(char, " " + parts.replace("⁄", "/"))
-    answer = re.sub(
-        r"√ ?(?:(\d+(?:\.\d+)?|[a-zA-Z])|[({]([^(){}]*)[)}])", lambda m: rf"\sqrt{{{m[1] or m[2]}}}", answer
-    )
     answer = unicodedata.normalize("NFKC", answer)
     answer = "".join(
         str(unicodedata.decimal(c)) if c.isdecimal() else _SIGNS.get(c, c)
         for c in answer
         if unicodedata.category(c) != "Cf"
     )
-    answer = re.sub(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\\$|\\[,!;:()\[\]]|\$|\*\*", "", answer)
+    if answer.count("**") == 1:
+        answer = answer.replace("**", "^")  # a power, not emphasis
+    answer = re.sub(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![a-zA-Z])|\\\$|\\[,!;:()\[\]]|\$|\*\*", "", answer)
     answer = answer.replace("\\ ", " ").replace("~", " ").replace("\\%", "%").replace("{,}", ",")
     answer = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", answer)
     # From left to right, as it is written: the parser would take 4/3\pi for 4/(3\pi).
     answer = re.sub(r"(?<![\w.^/)\]}])(\d+) ?/ ?(\d+)(?= ?\\[a-z])", r"\\frac{\1}{\2}", answer)
     for _ in range(3):
-        answer = re.sub(r"\\(?:text|mathrm|textbf|mathbf|operatorname|mbox)\s?\{([^{}]*)\}", r"\1", answer)
+        answer = re.sub(rf"\\(?:{_TEXT})\s?\{{([^{{}}]*)\}}", r"\1", answer)
+    answer = re.sub(r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi ", answer)
+    answer = re.sub(
+        r"(?<![\\a-zA-Z])sqrt ?(?:\(([^(){}]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|[a-zA-Z](?![a-zA-Z])))",
+        lambda match: rf"\sqrt{{{match[1] or match[2] or match[3] or ''}}}",
+        answer,
+    )
     answer = " ".join(answer.split())
     return answer.removesuffix(".").strip() if answer != "." else ""
 
@@ -256,7 +295,7 @@ _UNITS = "|".join(spelling for spelling in _UNIT if spelling != "%")
 _QUANTITY_END = re.compile(
     r" ?(?:(%)|(\^ ?(?:\\circ|\{ ?\\circ ?\}) ?[CF]?)"
     rf"|(square |sq\.? |cubic )?({_UNITS})(?: ?/ ?({_UNITS}))?(?: ?\^ ?\{{?([23])\}}?)?)\.?",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,  # else a dotless i matches an i
 )
 
 
@@ -341,8 +380,9 @@ def same_quantity(one: tuple[Fraction, str], gold: tuple[Fraction, str]) -> bool
 
 
 def without_name(text: str) -> str:
-    """`x = 5` as `5`."""
-    return re.sub(r"^\\?[a-zA-Z]\w{0,10} ?= ?", "", text)
+    """`x = 5`, `x \\approx 5` and `about 5` as `5`."""
+    text = re.sub(r"^\\?[a-zA-Z]\w{0,10} ?(?:= ?|(?=\\approx))", "", text)
+    return re.sub(rf"^{_ABOUT} ?(?=[-+\d.\\])", "", text)
 
 
 def integer(text: str, _choices=None) -> int | None:
@@ -355,7 +395,9 @@ def integer(text: str, _choices=None) -> int | None:
         numbers = re.findall(rf"(?<![\w.,])-?{_DECIMAL}(?![\d,]*\d)", text)
         digits = len(re.findall(r"\d+", text))
         if (
-            len(numbers) != 1
+            # words that make another number of it
+            re.search(r"\b(?:hundred|thousand|million|billion|trillion|dozen|squared|cubed|not|than)\b", text)
+            or len(numbers) != 1
             or digits != len(re.findall(r"\d+", numbers[0]))
             or re.search(r"[+*/^=\\\[\]{}<>]| - ", text)
         ):
@@ -367,9 +409,13 @@ def integer(text: str, _choices=None) -> int | None:
 # ------------------------------------------------------------------------------------------------- the other readers
 
 
-_LEAD = re.compile(r"(?:the )?(?:correct |final |right )?(?:answer|option|choice)(?: is)?:? ", re.IGNORECASE)
+_LEAD = re.compile(
+    r"(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:correct |final |right |best )?"
+    r"(?:answer|ans|options?|choice)(?: is)?[:.]? (?:option |choice )?",
+    re.IGNORECASE,
+)
 _OTHER_LETTER = re.compile(  # behind a first one: `or B`, `, (B)`, `(B)`, `B.` and the like
-    r"(?:^|\b(?:or|and|OR|AND)\b|[,/&;]) ?\(?[A-H]\)?(?:[.,:;)]|$)|\([A-H]\)|(?<![A-Za-z])[A-H][.):](?![a-z])"
+    r"(?:^|\b(?:or|and|OR|AND)\b|[,/&;|]) ?\(?[A-H]\)?(?:[.,:;)]|$)|\([A-H]\)|(?<![A-Za-z])[A-H][.):](?![a-z])"
 )
 
 
@@ -391,12 +437,18 @@ def letter(text: str, choices: Sequence[str] | None = None) -> str | None:
     """
     options = [normalize(str(choice)) for choice in choices or ()]
     spoken = without_lead(text)
-    match = re.fullmatch(r"\(?([a-z])\)?[.:]?", spoken, re.IGNORECASE)
+    match = re.fullmatch(r"[\"'`*_(\[{\\]{0,3}([a-zA-Z])[\"'`*_)\]}\\]{0,3}[.:,;]?", spoken)
     if match:
         return match[1].upper()
-    named = [chr(ord("A") + i) for i, o in enumerate(options) if same_text(o, text) or same_text(o, spoken)]
-    if len(named) == 1:
-        return named[0]
+    for same in (same_text, same_option):
+        named = [chr(ord("A") + i) for i, o in enumerate(options) if same(o, text) or same(o, without_name(spoken))]
+        if len(named) == 1:
+            return named[0]
+    match = re.fullmatch(r"([A-Z])(?: ?[-,] | )(.+)", spoken)
+    if match:  # without a mark behind the letter only with that option's own text, as `B 12 cm` or `B (12 cm)`
+        rest = match[2][1:-1] if match[2].startswith("(") and match[2].endswith(")") else match[2]
+        named = [chr(ord("A") + i) for i, o in enumerate(options) if same_option(o, rest)]
+        return match[1] if named == [match[1]] else None
     match = re.fullmatch(r"(?:\(([a-z])\)[.:]?|([a-z])[.:)]) ?(.+)", spoken, re.IGNORECASE)
     if not match:
         return None  # an A before other words is an article, not an answer
@@ -405,14 +457,18 @@ def letter(text: str, choices: Sequence[str] | None = None) -> str | None:
     own = others.pop(name.upper(), None)
     if own is not None and same_text(own, rest):
         return name.upper()
-    if (options and own is None) or any(same_option(option, rest) for option in others.values()):
+    if (options and own is None) or any(
+        same_option(option, without_name(part.strip()))  # `B. 60 or 75`
+        for part in re.split(r"[,;]| or | and ", rest)
+        for option in others.values()
+    ):
         return None
     return None if _OTHER_LETTER.search(rest if name.isupper() else rest.upper()) else name.upper()
 
 
 def letters(text: str, _choices=None) -> frozenset[str] | None:
     """The set of letters in `A, C` or `(A) and (C)`, or the one of `A. its text`."""
-    parts = [part for part in re.split(r"[,;\s]+|and", without_lead(text)) if part]
+    parts = [part for part in re.split(r"[,;&{}\[\]\\\s]+|and", without_lead(text)) if part]
     found = [re.fullmatch(r"\(?([A-Za-z])\)?\.?", part) for part in parts]
     if parts and all(found):
         return frozenset(m[1].upper() for m in found)
@@ -422,7 +478,8 @@ def letters(text: str, _choices=None) -> frozenset[str] | None:
 
 def clock(text: str, _choices=None) -> tuple[int, int] | None:
     """Hours on a twelve-hour dial, and minutes."""
-    match = re.fullmatch(r"(\d{1,2}):(\d{2})(?::00)?(?: ?[ap]\.?m\.?)?", text, re.IGNORECASE)
+    text = re.sub(r"^(?:it|the time) is ", "", without_lead(text), flags=re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,2}):(\d{2})(?::00)?(?: ?[ap]\.?m\.?| o'clock)?", text, re.IGNORECASE)
     if not match or int(match[1]) > 24 or int(match[2]) > 59:
         return None
     return int(match[1]) % 12, int(match[2])
@@ -454,17 +511,22 @@ def compare(answer: str, gold: str, kind: str, choices: Sequence[str] | None = N
     if kind == "math":
         return same_math(answer, gold)
     if kind == "exact":
-        return answer.casefold() == gold.casefold(), "ok"
+        return gold.casefold() in (answer.casefold(), without_lead(answer).casefold()), "ok"
     if kind == "relaxed":
-        value, target = (percent(text) for text in (answer, gold))
+        value, target = (percent(without_name(without_lead(text))) for text in (answer, gold))
         if value is None or not target:
             return same_text(answer, gold), "ok"
         return abs(value - target) <= abs(target) / 20, "ok"
     if kind == "choice":
         found = letter(answer, choices)
         named = [chr(ord("A") + i) for i, c in enumerate(choices or ()) if same_text(normalize(str(c)), gold)]
-        # Options may be letters themselves: their text goes before their place.
-        return same_text(answer, gold) or (found is not None and found in named), "ok" if found else "unparsed"
+        # Options may be letters or numbers themselves: their text goes before their place.
+        if choices and all(re.fullmatch("[A-Za-z]", normalize(str(c))) for c in choices):
+            found = letter(answer)
+            return found is not None and same_text(found, gold), "ok" if found else "unparsed"
+        if any(same_text(normalize(str(c)), answer) for c in choices or ()):
+            return same_text(answer, gold), "ok"
+        return found is not None and found in named, "ok" if found else "unparsed"
     if kind not in READERS:
         return False, "error"
     found, target = READERS[kind](answer, choices), READERS[kind](gold, choices)
@@ -473,8 +535,16 @@ def compare(answer: str, gold: str, kind: str, choices: Sequence[str] | None = N
     if kind == "float3":
         return abs(found - target) <= Fraction(1, 1000), "ok"
     if kind == "rounded":  # to the decimals that the gold answer is written with
-        return abs(found - target) <= Fraction(1, 2 * 10 ** len(gold.partition(".")[2])), "ok"
+        return abs(found - target) <= half_a_place(gold), "ok"
     return found == target, "ok"
+
+
+def half_a_place(gold: str) -> Fraction:
+    """Half a unit of the last decimal of `1.50`, `12 cm` and `50%`; nothing beside fractions and powers of ten."""
+    match = re.match(rf"[+-]? ?{_DECIMAL}(?! ?[\d.,/\\e])", gold)
+    if not match:
+        return Fraction(0)
+    return Fraction(1, 2 * 10 ** (len(match[0].partition(".")[2]) + 2 * (unit_of(gold[match.end() :]) == "%")))
 
 
 def percent(text: str) -> Fraction | None:
@@ -482,19 +552,29 @@ def percent(text: str) -> Fraction | None:
     return None if value is None else value[0] / 100 if value[1] == "%" else value[0]
 
 
+_NOT_A_UNIT = set("hundred thousand million billion trillion dozen squared cubed times plus minus over not and".split())
+
+
 def same_math(answer: str, gold: str, depth: int = 0) -> tuple[bool, str]:
     """Equal text, then equal quantities, then lists, sets, tuples and intervals by element, then symbolic equality."""
     if same_text(answer, gold):
         return True, "ok"
-    if "=" not in gold:
+    answer = without_lead(answer)
+    if gold.startswith("("):  # `(x, y) = (3, 2)`, `P(3, 2)`
+        answer = re.sub(r"^(?:\([a-z], ?[a-z]\) ?=|[A-Z]'{0,2} ?=?) ?(?=\()", "", answer)
+    if "=" not in gold and answer.count("=") < 2:  # with more, names may tell the elements of a list apart
         answer = without_name(answer)
-    elif "=" not in answer:
+    elif "=" not in answer and gold.count("=") < 2:
         gold = without_name(gold)
     if same_text(answer, gold):
         return True, "ok"
     value, target = quantity(answer), quantity(gold)
     if value and target:
         return same_quantity(value, target), "ok"
+    words = re.fullmatch(rf"([-+]?{_DECIMAL}) ((?:[A-Za-z]{{3,}}(?: |$)){{1,3}})", answer) if target else None
+    if words:  # `12 people`
+        counted = not _NOT_A_UNIT & set(words[2].lower().split())
+        return counted and same_quantity((number(words[1]), ""), target), "ok"
     if all(re.fullmatch(r"[A-Za-z ]{3,}", text) for text in (answer, gold)):
         return False, "ok"  # words, or letters in order, which algebra would take for products
     (answer, unit), (gold, gold_unit) = without_unit(answer), without_unit(gold)
@@ -502,6 +582,8 @@ def same_math(answer: str, gold: str, depth: int = 0) -> tuple[bool, str]:
         return False, "ok"
     parts, gold_parts = elements(as_list(answer)), elements(as_list(gold))
     if (parts or gold_parts) and depth == 0:
+        if parts and not parts[0] and not gold_parts and " or " in answer:  # `5/2 or 2.5`
+            return all(same_math(part, gold, depth=1)[0] for part in parts[1]), "ok"
         if not parts or not gold_parts or len(parts[1]) != len(gold_parts[1]):
             return False, "ok"
         return same_elements(parts, gold_parts)
@@ -517,7 +599,7 @@ def as_list(text: str) -> str:
     if text.count(r"\pm") == 1 and "," not in text:
         plus, minus = (text.replace(r"\pm", sign).strip() for sign in "+-")
         text = f"{plus.removeprefix('+')}, {minus}"
-    return re.sub(r";| and | or ", ",", text)
+    return re.sub(r"[,;]? (?:and|or) |;", ",", text)
 
 
 def elements(text: str) -> tuple[str, list[str]] | None:
@@ -537,16 +619,29 @@ def elements(text: str) -> tuple[str, list[str]] | None:
             parts.append(inner[start:place].strip())
             start = place + 1
     parts.append(inner[start:].strip())
-    if depth or (len(parts) == 1 and brackets != "{}") or len(parts) > 32 or not all(parts):
+    parts = [part for part in parts if part]
+    if depth or (len(parts) == 1 and brackets != "{}") or not 0 < len(parts) <= 32:
         return None
     return brackets, parts
+
+
+def by_name(parts: list[str]) -> dict[str, str] | None:
+    """`x = 3` and `y = 2` as a table; none where one has no name or two have the same letter, as `x_1` and `x_2`."""
+    found = [re.fullmatch(r"([a-zA-Z])\w{0,10} ?= ?([^=]+)", part) for part in parts]
+    table = {match[1]: match[2] for match in found if match}
+    return table if len(table) == len(parts) else None
 
 
 def same_elements(one: tuple[str, list[str]], gold: tuple[str, list[str]]) -> tuple[bool, str]:
     (brackets, parts), (gold_brackets, targets) = one, gold
     if brackets and gold_brackets and brackets != gold_brackets:
         return False, "ok"
-    ordered = bool(gold_brackets) and gold_brackets != "{}"
+    named, gold_named = by_name(parts), by_name(targets)
+    if named and gold_named:
+        return named.keys() == gold_named.keys() and all(same_math(named[n], gold_named[n], 1)[0] for n in named), "ok"
+    ordered = bool(gold_brackets or gold_named) and gold_brackets != "{}"
+    if ordered and named and named.keys() <= set("xyz"):
+        parts = [named[name] for name in sorted(named)]
     left = list(targets)
     for i, part in enumerate(parts):
         for target in [targets[i]] if ordered else left:

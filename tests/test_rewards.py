@@ -185,6 +185,45 @@ SPELLINGS = [
     ("ACB", "ABC", "math", None, False), ("CDAB", "ABCD", "math", None, False), ("felt", "left", "math", None, False),
     ("abc", "ABC", "math", None, True), (r"z \cdot y \cdot x", "xyz", "math", None, True),
     ("ba", "ab", "math", None, True),
+    # boxes inside the tags: with what stands around them where that is more than words
+    *((text, "3", "math", None, False) for text in (
+        r"-\boxed{3}", r"2\boxed{3}", r"\boxed{3}\pi", r"\boxed{3}\times 10^4", r"\frac{\boxed{3}}{2}",
+        r"(\boxed{3}, 5)", r"\boxed{3} or \boxed{5}")),
+    (r"-\boxed{3}", "-3", "math", None, True), (r"\boxed{3}\pi", r"3\pi", "math", None, True),
+    (r"x=\boxed{3}, y=\boxed{5}", "3,5", "math", None, True), (r"x=\boxed{3}, y=\boxed{5}", "5", "math", None, False),
+    *((text, "B", "letter", None, False) for text in (
+        r"A or \boxed{B}", r"A, C or \boxed{B}", r"\boxed{B} or C or A", r"\boxed{B} \quad \boxed{C}")),
+    # options that are letters or numbers, and named by less than their whole text
+    ("A", "A", "choice", ("B", "A"), True), ("A", "B", "choice", ("B", "A"), False),
+    ("(B)", "B", "choice", ("C", "A", "B"), True), ("C", "B", "choice", ("C", "A", "B"), False),
+    *((text, "B", "letter", ("10 cm", "12 cm", "14 cm"), True) for text in (
+        "12", "12 centimeters", "x = 12", "B 12 cm", "B (12 cm)", "B - 12 cm", "**B** 12 cm", "[B]", '"B"', "*B*")),
+    *((text, "B", "letter", ("10 cm", "12 cm", "14 cm"), False) for text in (
+        "B. 12 or 14", "B. about 14", "B. x = 14 cm", "B 14 cm", "12 or 14")),
+    *((text, "A, C", "letters", None, True) for text in ("{A, C}", "[A, C]", "A & C", "Options A and C")),
+    # numbers: words that change them, about, counted things, a dotless i
+    *((text, "12", "int", None, False) for text in ("12 million", "not 12", "less than 12", "12 squared", "5 mın")),
+    *((text, "12", "math", None, False) for text in ("12 trillion", "5 mın", "12 squared", "11 people")),
+    *((text, "12", "math", None, True) for text in ("about 12", "≈12", "12 people", r"12 \text{ sides}", "12 USD")),
+    (r"x \approx 3.14 cm", "3.14", "math", None, True), ("The answer is 10.4", "10", "relaxed", None, True),
+    ("The answer is 4:23", "4:23", "time", None, True), ("The answer is red", "red", "exact", None, True),
+    *((text, "50%", "rounded", None, False) for text in ("0", "0.99", "40%")), ("50.4%", "50%", "rounded", None, True),
+    ("1", "3/4", "rounded", None, False), ("1.24", "1.2 cm", "rounded", None, True),
+    *((text, "1.2", "rounded", None, True) for text in ("1.2", "1.24", "1.16", r"x \approx 1.24")),
+    *((text, "1.2", "rounded", None, False) for text in ("1.26", "1.14")), ("1.54", "1.50", "rounded", None, False),
+    # pi and roots without a backslash, powers, names before tuples
+    ("pi/2", r"\frac{\pi}{2}", "math", None, True), ("6.25*pi", r"6.25\pi", "math", None, True),
+    ("sqrt(3)", r"\sqrt{3}", "math", None, True), ("2*sqrt5", r"2\sqrt{5}", "math", None, True),
+    ("x√2", r"x\sqrt{2}", "math", None, True), ("2**10", "2^{10}", "math", None, True),
+    ("**12**", "12", "math", None, True),
+    ("(x,y)=(3,-2)", "(3, -2)", "math", None, True), ("P(3,-2)", "(3, -2)", "math", None, True),
+    # lists: a comma before and or or; all of what is said to be the same; names tell elements apart
+    *((text, "1,2,3", "math", None, True) for text in ("1, 2, and 3", "1,2, or 3", r"1,2,\text{ and }3")),
+    *((text, "5 cm", "math", None, False) for text in ("3 cm, or 5 cm", "3 cm, and 5 cm", "5 cm or 3 cm")),
+    ("2.5 or 5/2", r"\frac{5}{2}", "math", None, True), ("2.5 or 3/2", r"\frac{5}{2}", "math", None, False),
+    ("x=3, y=2", "y=2, x=3", "math", None, True), ("x=3, y=2", "x=2, y=3", "math", None, False),
+    ("y=3, x=2", "(3,2)", "math", None, False), ("y=2, x=3", "(3,2)", "math", None, True),
+    ("2, 3", "x=3, y=2", "math", None, False),
 ]  # fmt: skip
 
 
@@ -279,6 +318,7 @@ ATTACKS = [
     "9**9**9**9", r"9^{9^{9^{9}}}", r"(10^{10})!", "100000!", "((9!)!)!", r"\int_0^1 x dx", "1e999999999",
     "{" * 100_000, "(" * 100_000, r"\frac{" * 300, "$" * 5000, r"\boxed{" * 5000, "__import__('os').system('true')",
     "\x00", "\ud800", r"\left\{1,\right.", r"x_{" * 100, "[" * 59 + "1", r"\sqrt{" * 50 + "2" + "}" * 50,
+    r"\boxed{" * 4000 + "2" + "}" * 4000,
 ]  # fmt: skip
 
 
