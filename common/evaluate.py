@@ -237,8 +237,8 @@ def mean_over_cells(cells: dict[str, list[float]], names: Sequence[str]) -> np.n
 def bootstrap(differences: np.ndarray | list[np.ndarray], draws: int = 10_000) -> tuple[float, float]:
     """95 % interval of the mean of paired differences [E], or [S, E] over training seeds and examples: both are drawn
     again with replacement (percentiles, too narrow for few seeds where these vary more than the examples). The same
-    examples stand in every row, so they are drawn once for all rows.
-    Of a list, a table a benchmark, it is the interval of the mean of their means: the same seeds, each its examples."""
+    examples stand in every row, so they are drawn once for all rows. Of a list, a table a benchmark, it is the interval
+    of the mean of their means: the same seeds, each its examples."""
     tables = [np.atleast_2d(d) for d in (differences if isinstance(differences, list) else [differences])]
     dice, seeds = np.random.default_rng(0), len(tables[0])
     means = np.empty(draws)

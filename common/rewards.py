@@ -229,8 +229,10 @@ def unbox(answer: str) -> str:
 # ------------------------------------------------------------------------------------------------- normalization
 
 _SUPERSCRIPTS = {c: str(i) for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
-_SIGNS = {"−": "-", "–": "-", "⁄": "/", "×": r"\times ", "·": r"\cdot ", "°": r"^\circ", "π": r"\pi "}
-_SIGNS |= {"∞": r"\infty ", "±": r"\pm ", "≈": r"\approx ", "∶": ":", "√": " sqrt"}
+_SIGNS = {
+    "−": "-", "–": "-", "⁄": "/", "×": r"\times ", "·": r"\cdot ", "°": r"^\circ", "π": r"\pi ", "∞": r"\infty ",
+    "±": r"\pm ", "≈": r"\approx ", "∶": ":", "√": " sqrt",
+}  # fmt: skip
 _ABOUT = r"(?:\\approx|\\sim|about|approximately|approx\.?|roughly|around)"
 _TEXT = r"text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt)|operatorname|mbox|emph|boldsymbol|underline|fbox"
 
@@ -385,6 +387,10 @@ def without_name(text: str) -> str:
     return re.sub(rf"^{_ABOUT} ?(?=[-+\d.\\])", "", text)
 
 
+# Words beside a number that make another one of it.
+_CHANGE = set("hundred thousand million billion trillion dozen squared cubed not".split())
+
+
 def integer(text: str, _choices=None) -> int | None:
     """The one whole number that a text states: a literal, or a sentence with a single number and no operator."""
     text = without_name(text)
@@ -395,9 +401,8 @@ def integer(text: str, _choices=None) -> int | None:
         numbers = re.findall(rf"(?<![\w.,])-?{_DECIMAL}(?![\d,]*\d)", text)
         digits = len(re.findall(r"\d+", text))
         if (
-            # words that make another number of it
-            re.search(r"\b(?:hundred|thousand|million|billion|trillion|dozen|squared|cubed|not|than)\b", text)
-            or len(numbers) != 1
+            len(numbers) != 1
+            or {"than", *_CHANGE} & set(text.lower().split())
             or digits != len(re.findall(r"\d+", numbers[0]))
             or re.search(r"[+*/^=\\\[\]{}<>]| - ", text)
         ):
@@ -430,37 +435,41 @@ def same_option(one: str, other: str) -> bool:
     return same_text(one, other) or (all(numbers) and same_quantity(*numbers))
 
 
+def by_letter(choices: Sequence[str] | None) -> dict[str, str]:
+    """The options of a question by their letters."""
+    return {chr(ord("A") + place): normalize(str(choice)) for place, choice in enumerate(choices or ())}
+
+
 def letter(text: str, choices: Sequence[str] | None = None) -> str | None:
     """The one option that a text names: `B`, `(B)`, `Option B`, `B. its text`, or its text alone.
 
     Behind the letter the text may be put otherwise, but not be another option's, and no second letter may follow.
     """
-    options = [normalize(str(choice)) for choice in choices or ()]
+    options = by_letter(choices)
     spoken = without_lead(text)
     match = re.fullmatch(r"[\"'`*_(\[{\\]{0,3}([a-zA-Z])[\"'`*_)\]}\\]{0,3}[.:,;]?", spoken)
     if match:
         return match[1].upper()
     for same in (same_text, same_option):
-        named = [chr(ord("A") + i) for i, o in enumerate(options) if same(o, text) or same(o, without_name(spoken))]
+        named = [name for name, o in options.items() if same(o, text) or same(o, without_name(spoken))]
         if len(named) == 1:
             return named[0]
     match = re.fullmatch(r"([A-Z])(?: ?[-,] | )(.+)", spoken)
     if match:  # without a mark behind the letter only with that option's own text, as `B 12 cm` or `B (12 cm)`
         rest = match[2][1:-1] if match[2].startswith("(") and match[2].endswith(")") else match[2]
-        named = [chr(ord("A") + i) for i, o in enumerate(options) if same_option(o, rest)]
+        named = [name for name, option in options.items() if same_option(option, rest)]
         return match[1] if named == [match[1]] else None
     match = re.fullmatch(r"(?:\(([a-z])\)[.:]?|([a-z])[.:)]) ?(.+)", spoken, re.IGNORECASE)
     if not match:
         return None  # an A before other words is an article, not an answer
     name, rest = match[1] or match[2], match[3]
-    others = {chr(ord("A") + i): option for i, option in enumerate(options)}
-    own = others.pop(name.upper(), None)
+    own = options.pop(name.upper(), None)
     if own is not None and same_text(own, rest):
         return name.upper()
-    if (options and own is None) or any(
-        same_option(option, without_name(part.strip()))  # `B. 60 or 75`
+    if (choices and own is None) or any(
+        same_option(other, without_name(part.strip()))  # `B. 60 or 75`
         for part in re.split(r"[,;]| or | and ", rest)
-        for option in others.values()
+        for other in options.values()
     ):
         return None
     return None if _OTHER_LETTER.search(rest if name.isupper() else rest.upper()) else name.upper()
@@ -492,14 +501,20 @@ def yes_or_no(text: str, _choices=None) -> str | None:
     return None if {"yes", "no"} <= set(words) else words[0]
 
 
+def real(text: str, _choices=None) -> Fraction | None:
+    """The one number of a text, its unit dropped, per cent as hundredths."""
+    value = quantity(without_name(without_lead(text)))
+    return None if value is None else value[0] / 100 if value[1] == "%" else value[0]
+
+
 READERS = {
     "int": integer,
     "letter": letter,
     "letters": letters,
     "time": clock,
     "yesno": yes_or_no,
-    "float3": lambda text, _choices=None: percent(without_name(without_lead(text))),
-    "rounded": lambda text, _choices=None: percent(without_name(without_lead(text))),
+    "float3": real,
+    "rounded": real,
 }
 
 
@@ -513,20 +528,17 @@ def compare(answer: str, gold: str, kind: str, choices: Sequence[str] | None = N
     if kind == "exact":
         return gold.casefold() in (answer.casefold(), without_lead(answer).casefold()), "ok"
     if kind == "relaxed":
-        value, target = (percent(without_name(without_lead(text))) for text in (answer, gold))
+        value, target = real(answer), real(gold)
         if value is None or not target:
             return same_text(answer, gold), "ok"
         return abs(value - target) <= abs(target) / 20, "ok"
     if kind == "choice":
-        found = letter(answer, choices)
-        named = [chr(ord("A") + i) for i, c in enumerate(choices or ()) if same_text(normalize(str(c)), gold)]
+        found, options = letter(answer, choices), by_letter(choices)
         # Options may be letters or numbers themselves: their text goes before their place.
-        if choices and all(re.fullmatch("[A-Za-z]", normalize(str(c))) for c in choices):
-            found = letter(answer)
-            return found is not None and same_text(found, gold), "ok" if found else "unparsed"
-        if any(same_text(normalize(str(c)), answer) for c in choices or ()):
-            return same_text(answer, gold), "ok"
-        return found is not None and found in named, "ok" if found else "unparsed"
+        for said in filter(None, (answer, found)):
+            if any(same_text(option, said) for option in options.values()):
+                return same_text(said, gold), "ok"
+        return same_text(options.get(found, ""), gold), "ok" if found else "unparsed"
     if kind not in READERS:
         return False, "error"
     found, target = READERS[kind](answer, choices), READERS[kind](gold, choices)
@@ -547,14 +559,6 @@ def half_a_place(gold: str) -> Fraction:
     return Fraction(1, 2 * 10 ** (len(match[0].partition(".")[2]) + 2 * (unit_of(gold[match.end() :]) == "%")))
 
 
-def percent(text: str) -> Fraction | None:
-    value = quantity(text)
-    return None if value is None else value[0] / 100 if value[1] == "%" else value[0]
-
-
-_NOT_A_UNIT = set("hundred thousand million billion trillion dozen squared cubed times plus minus over not and".split())
-
-
 def same_math(answer: str, gold: str, depth: int = 0) -> tuple[bool, str]:
     """Equal text, then equal quantities, then lists, sets, tuples and intervals by element, then symbolic equality."""
     if same_text(answer, gold):
@@ -573,7 +577,7 @@ def same_math(answer: str, gold: str, depth: int = 0) -> tuple[bool, str]:
         return same_quantity(value, target), "ok"
     words = re.fullmatch(rf"([-+]?{_DECIMAL}) ((?:[A-Za-z]{{3,}}(?: |$)){{1,3}})", answer) if target else None
     if words:  # `12 people`
-        counted = not _NOT_A_UNIT & set(words[2].lower().split())
+        counted = not {"times", "plus", "minus", "over", "and", *_CHANGE} & set(words[2].lower().split())
         return counted and same_quantity((number(words[1]), ""), target), "ok"
     if all(re.fullmatch(r"[A-Za-z ]{3,}", text) for text in (answer, gold)):
         return False, "ok"  # words, or letters in order, which algebra would take for products

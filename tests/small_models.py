@@ -1,5 +1,6 @@
 """Small random models of the three families, in real Hugging Face folders, for tests."""
 
+import weakref
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -115,3 +116,17 @@ def small_prompts(policy: Policy, sizes=((32, 48), (64, 32), (48, 48)), seed: in
         for i, row in enumerate(images)
     ]
     return encode_prompts(policy, messages, images), messages, images
+
+
+def watch_loading(module: str, monkeypatch) -> list[weakref.ref]:
+    """Have a module's `load_policy` fail where an earlier model is still held; returns what it has loaded."""
+    loaded = []
+
+    def load_alone(*args, **kwargs):
+        assert all(before() is None for before in loaded), "the last model is still held"
+        policy = load_policy(*args, **kwargs)
+        loaded.append(weakref.ref(policy.model))
+        return policy
+
+    monkeypatch.setattr(f"{module}.load_policy", load_alone)
+    return loaded

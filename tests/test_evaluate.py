@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +31,7 @@ from common.evaluate import (
     usual,
 )
 from common.model import TINY, load_policy
-from tests.small_models import picture, small_folder, small_policy
+from tests.small_models import picture, small_folder, small_policy, watch_loading
 
 
 def row(group: str, *correct: float) -> dict:
@@ -448,16 +447,9 @@ def test_finished_cells_are_shown_without_a_model(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("corruptions", [None, ("fog",)])
 def test_one_model_at_a_time_stands_in_memory(corruptions, tmp_path, monkeypatch):
-    other, loaded = str(tmp_path / "other"), []
+    other = str(tmp_path / "other")
     shutil.copytree(TINY, other)
-
-    def load_alone(*args, **kwargs):
-        assert all(before() is None for before in loaded), "the last model is still held"
-        policy = load_policy(*args, **kwargs)
-        loaded.append(weakref.ref(policy.model))
-        return policy
-
-    monkeypatch.setattr(common.evaluate, "load_policy", load_alone)
+    loaded = watch_loading("common.evaluate", monkeypatch)
     main(Args(model=("tiny", other), limit=2, max_completion_length=2, corruptions=corruptions))
     assert len(loaded) == 2
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import weakref
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -16,9 +15,9 @@ import vppo
 from common.data import Example
 from common.forward import Scorer
 from common.look import DRAWN, Args, Look, by_place, look, main, page, plot_tokens, shade, summarize, visual_focus
-from common.model import TINY, load_policy, process_images
+from common.model import TINY, process_images
 from common.rollout import sample, uniform_numbers
-from tests.small_models import FAMILIES, picture, small_policy, small_prompts
+from tests.small_models import FAMILIES, picture, small_policy, small_prompts, watch_loading
 
 
 def examples():
@@ -173,16 +172,9 @@ def test_one_command_looks_at_the_built_in_model(tmp_path, capsys):
 
 
 def test_one_model_at_a_time_stands_in_memory(tmp_path, monkeypatch):
-    other, loaded = str(tmp_path / "other"), []
+    other = str(tmp_path / "other")
     shutil.copytree(TINY, other)
-
-    def load_alone(*args, **kwargs):
-        assert all(before() is None for before in loaded), "the last model is still held"
-        policy = load_policy(*args, **kwargs)
-        loaded.append(weakref.ref(policy.model))
-        return policy
-
-    monkeypatch.setattr("common.look.load_policy", load_alone)
+    loaded = watch_loading("common.look", monkeypatch)
     settings = dict(limit=1, show=1, masks=1, max_completion_length=4)
     main(Args(model=("tiny", other), out=str(tmp_path / "look"), **settings))
     assert len(loaded) == 2
