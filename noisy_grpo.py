@@ -42,15 +42,15 @@ from accelerate import Accelerator
 from PIL import Image
 
 from common.corruptions import rgb
-from common.data import TEMPLATE, ahead, batch_indices, build_messages, check_template, load_examples
-from common.designs import check_markers, check_tokenizer, design_rewards, overlong_penalty, request_for
-from common.evaluate import evaluate
-from common.forward import Scorer, micro_batches, rows_of, score_without_gradient
-from common.model import check_model, encode_prompts, load_policy, replace_images
-from common.parallel import distribute, gather_weights, in_step, start_processes
-from common.rewards import score
-from common.rollout import decode, sample, uniform_numbers
-from common.run import Run, check_accelerate, check_flags, memory_advice
+from common.data.examples import TEMPLATE, ahead, batch_indices, build_messages, check_template, load_examples
+from common.evaluation.accuracy import evaluate
+from common.model.load import check_model, encode_prompts, load_policy, replace_images
+from common.model.processes import distribute, gather_weights, in_step, start_processes
+from common.model.sampling import decode, sample, uniform_numbers
+from common.model.scoring import Scorer, micro_batches, rows_of, score_without_gradient
+from common.rewards.answers import score
+from common.rewards.designs import check_markers, check_tokenizer, design_rewards, overlong_penalty, request_for
+from common.run.folder import Run, check_accelerate, check_flags, memory_advice
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Args:
     reward: Literal[
         "accuracy", "vanilla", "only_accuracy", "mixture", "continuous", "visual_fusion", "no_accuracy", "semantic"
     ] = "accuracy"
-    """a right answer, tagged or boxed; or a design of common/designs.py"""
+    """a right answer, tagged or boxed; or a design of common/rewards/designs.py"""
     encoder: str = "sentence-transformers/all-mpnet-base-v2"
     """sentence encoder of `--reward semantic`, a hub id or a folder"""
     soft_punish_cache: int = 0

@@ -30,7 +30,7 @@ from scipy import ndimage
 from scipy.fft import irfft2, next_fast_len, rfft2
 from scipy.special import ndtri, pdtr
 
-from common.data import open_image, plain_rgb
+from common.data.examples import open_image, plain_rgb
 
 # For training (ROMA) and evaluation; and for evaluation only. Disjoint by name. Seen: noise, blur, low resolution,
 # compression; unseen: one of every family of ImageNet-C.
@@ -600,7 +600,7 @@ def main(args: Args) -> None:
             raise SystemExit(f"--image {args.image}: {error}") from None
         image.thumbnail((args.side, args.side * 4))
     else:
-        from common.puzzles import puzzle
+        from common.data.puzzles import puzzle
 
         image = puzzle("test", 4).image
     sheet = contact_sheet(image, names, args.seed)

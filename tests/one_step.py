@@ -4,8 +4,8 @@ import json
 
 import torch
 
-from common.forward import Scorer
-from common.model import load_policy
+from common.model.load import load_policy
+from common.model.scoring import Scorer
 
 
 def one_step(script, monkeypatch, folder, correct: list, rewards: list, **settings):

@@ -10,10 +10,10 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common.forward import Scorer
-from common.model import Policy, encode_prompts, load_policy
-from common.parallel import distribute, end_processes, gather_weights, in_step, whole
-from common.rollout import sample, uniform_numbers
+from common.model.load import Policy, encode_prompts, load_policy
+from common.model.processes import distribute, end_processes, gather_weights, in_step, whole
+from common.model.sampling import sample, uniform_numbers
+from common.model.scoring import Scorer
 from tests.small_models import picture
 
 LEARNING_RATE = 1e-3

@@ -20,7 +20,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from common.model import Policy, encode_prompts, load_policy
+from common.model.load import Policy, encode_prompts, load_policy
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 SPECIAL = [

@@ -4,8 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common.model import encode_prompts, load_policy
-from common.rollout import sample, uniform_numbers
+from common.model.load import encode_prompts, load_policy
+from common.model.sampling import sample, uniform_numbers
 from tests.benchmarks import grpo_step
 from tests.benchmarks.memory import configuration
 from tests.benchmarks.random_model import SMALL, write_random_model

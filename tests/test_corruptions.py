@@ -12,7 +12,7 @@ from scipy import stats
 
 from common import corruptions
 from common.corruptions import NAMES, SEEN, UNSEEN, choose, corrupt, table_for
-from common.puzzles import puzzle
+from common.data.puzzles import puzzle
 
 DETERMINISTIC = {
     "gaussian_blur", "defocus_blur", "zoom_blur", "brightness", "contrast", "saturate", "pixelate", "jpeg_compression"

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo
-from common.designs import (
+from common.model.load import load_policy
+from common.rewards.answers import score
+from common.rewards.designs import (
     DESIGNS,
     check_markers,
     check_tokenizer,
@@ -25,8 +27,6 @@ from common.designs import (
     sentences,
     similarities,
 )
-from common.model import load_policy
-from common.rewards import score
 from tests.small_models import small_policy
 
 PAPERS = ("vanilla", "only_accuracy", "mixture", "continuous", "visual_fusion", "no_accuracy")
@@ -232,7 +232,7 @@ class Encoder:
 
 
 def test_semantic_rewards(monkeypatch):
-    monkeypatch.setattr("common.designs.load_encoder", lambda name: Encoder())
+    monkeypatch.setattr("common.rewards.designs.load_encoder", lambda name: Encoder())
     examples = [SimpleNamespace(answer=a, kind="exact", choices=c) for a, c in (
         ("a dog", None), ("a dog", None), ("a dog", None), ("yes", None), ("cat", ["cat", "dog"]), ("a dog", None)
     )]  # fmt: skip

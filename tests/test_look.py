@@ -12,11 +12,23 @@ from PIL import Image
 
 import vgpo
 import vppo
-from common.data import Example
-from common.forward import Scorer
-from common.look import DRAWN, Args, Look, by_place, look, main, page, plot_tokens, shade, summarize, visual_focus
-from common.model import TINY, process_images
-from common.rollout import sample, uniform_numbers
+from common.data.examples import Example
+from common.evaluation.look import (
+    DRAWN,
+    Args,
+    Look,
+    by_place,
+    look,
+    main,
+    page,
+    plot_tokens,
+    shade,
+    summarize,
+    visual_focus,
+)
+from common.model.load import TINY, process_images
+from common.model.sampling import sample, uniform_numbers
+from common.model.scoring import Scorer
 from tests.small_models import FAMILIES, picture, small_policy, small_prompts, watch_loading
 
 
@@ -174,7 +186,7 @@ def test_one_command_looks_at_the_built_in_model(tmp_path, capsys):
 def test_one_model_at_a_time_stands_in_memory(tmp_path, monkeypatch):
     other = str(tmp_path / "other")
     shutil.copytree(TINY, other)
-    loaded = watch_loading("common.look", monkeypatch)
+    loaded = watch_loading("common.evaluation.look", monkeypatch)
     settings = dict(limit=1, show=1, masks=1, max_completion_length=4)
     main(Args(model=("tiny", other), out=str(tmp_path / "look"), **settings))
     assert len(loaded) == 2

@@ -7,10 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common import evaluate
-from common.forward import Scorer, forward_completions, forward_prompts, token_logprobs
-from common.rollout import Decoder, sample
-from common.run import memory_advice
+from common.evaluation import accuracy as evaluate
+from common.model.sampling import Decoder, sample
+from common.model.scoring import Scorer, forward_completions, forward_prompts, token_logprobs
+from common.run.folder import memory_advice
 from tests.benchmarks.memory import Options, sampling, update
 from tests.small_models import FAMILIES, small_policy, small_prompts
 
@@ -112,7 +112,7 @@ def test_with_slices_a_larger_group_needs_hardly_more_memory():
 
 def test_the_head_holds_a_few_chunks_of_logits_at_a_time(monkeypatch):
     vocabulary, chunk, chunks = 1000, 16, 20
-    monkeypatch.setattr("common.forward.LOGIT_BUDGET", chunk * vocabulary)
+    monkeypatch.setattr("common.model.scoring.LOGIT_BUDGET", chunk * vocabulary)
     hidden = torch.randn(1, chunk * chunks, 8, requires_grad=True)
     head = torch.randn(vocabulary, 8, requires_grad=True)
     ids, mask = random_completions(1, chunk * chunks)
@@ -160,8 +160,8 @@ def test_sampling_holds_nothing_of_the_prefix_while_it_decodes(monkeypatch):
         assert len(refs) == 2 and not any(x() is not None for x in refs)
         return step(self, tokens)
 
-    monkeypatch.setattr("common.rollout.forward_prompts", forward_and_watch)
-    monkeypatch.setattr("common.rollout.Decoder.step", step_without_prefix)
+    monkeypatch.setattr("common.model.sampling.forward_prompts", forward_and_watch)
+    monkeypatch.setattr("common.model.sampling.Decoder.step", step_without_prefix)
     sample(policy, prompts, 1, TOKENS, None, temperature=0)
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 from PIL import Image
 
-from common.plot import Args, main, method_curves, smooth
+from common.run.plot import Args, main, method_curves, smooth
 
 
 def history(folder, rewards):

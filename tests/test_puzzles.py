@@ -7,14 +7,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from common.puzzles import FAMILIES, HELD_OUT, SPLITS, blind_guess_accuracy, content_hash, puzzle
+from common.data.puzzles import FAMILIES, HELD_OUT, SPLITS, blind_guess_accuracy, content_hash, puzzle
 
 
 def test_a_puzzle_is_the_same_for_ever():
     p = puzzle("test", 3)
     assert p.question == puzzle("test", 3).question and p.image.size == (128, 128) and p.image.mode == "RGB"
     code = (
-        "from common.puzzles import puzzle; import hashlib;"
+        "from common.data.puzzles import puzzle; import hashlib;"
         "print(hashlib.sha256(puzzle('test', 3).image.tobytes()).hexdigest())"
     )
     digests = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(2)}

@@ -11,9 +11,9 @@ from PIL import Image
 import grpo
 import roma
 from common.corruptions import SEEN
-from common.forward import Scorer, pack_views, rows_of
-from common.model import replace_images
-from common.rollout import sample, uniform_numbers
+from common.model.load import replace_images
+from common.model.sampling import sample, uniform_numbers
+from common.model.scoring import Scorer, pack_views, rows_of
 from tests.one_step import gradient_norm, one_step, standardized
 from tests.small_models import small_policy, small_prompts
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from common.plot import plot_learning_curve
-from common.run import Run, drop_lines_from, find_damage, load_weights, memory_advice
+from common.run.folder import Run, drop_lines_from, find_damage, load_weights, memory_advice
+from common.run.plot import plot_learning_curve
 from tests.small_models import FAMILIES, small_folder, small_policy
 
 
@@ -94,7 +94,7 @@ def test_damage_is_found_and_the_older_checkpoint_taken(tmp_path, capsys):
 def test_a_kill_while_saving_leaves_the_older_checkpoint(tmp_path):
     code = """
 import os, signal, sys
-import common.run as run
+import common.run.folder as run
 from tests.test_run import new_run, policy_and_optimizer
 policy, optimizer = policy_and_optimizer()
 r = new_run(sys.argv[1])
@@ -256,7 +256,7 @@ def test_tensorboard_gets_every_step_once(tmp_path):
 
 @pytest.mark.parametrize("track, line", [("wandb", "the package wandb is not installed"), ("paper", "not one of")])
 def test_a_tracker_that_is_not_there_is_named(track, line, tmp_path, monkeypatch):
-    monkeypatch.setattr("common.run.find_spec", lambda name: None)
+    monkeypatch.setattr("common.run.folder.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=f"--track {track}: {line}"):
         new_run(tmp_path / "run", track=track)
     assert not (tmp_path / "run").exists()
@@ -301,14 +301,14 @@ def test_the_results_are_kept_and_drawn(tmp_path):
 TWO_PROCESSES = """
 import os, signal, sys, torch
 from accelerate import Accelerator
-import common.run
-from common.model import load_policy
+import common.run.folder
+from common.model.load import load_policy
 from tests.test_run import Args, one_update, weights
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
 policy = load_policy(sys.argv[2])
 optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-3)
-run = common.run.Run(Args(sys.argv[1]), accelerator, "test")
+run = common.run.folder.Run(Args(sys.argv[1]), accelerator, "test")
 assert run.restore(policy, optimizer) == 0 and not run.should_stop()
 one_update(policy, optimizer, 0)
 run.save(1, policy, optimizer)
@@ -322,7 +322,7 @@ if not accelerator.is_main_process:  # one process is told twice at once, as by 
 assert run.should_stop()
 def full(*args):
     raise OSError(28, "No space left on device")
-common.run.save_policy = full
+common.run.folder.save_policy = full
 run.save(2, policy, optimizer)
 """
 

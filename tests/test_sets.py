@@ -10,10 +10,10 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from PIL import Image
 
-from common import evaluate as evaluation
-from common.data import load_examples
-from common.rewards import check
-from common.sets import BLINK, SOURCES, lettered, special_scores
+from common.data.examples import load_examples
+from common.data.sets import BLINK, SOURCES, lettered, special_scores
+from common.evaluation import accuracy as evaluation
+from common.rewards.answers import check
 
 
 @pytest.fixture(autouse=True)
@@ -377,7 +377,7 @@ def test_a_set_of_another_form_says_which_column_is_missing(tmp_path):
 def test_what_is_not_there_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="--data mmstar=/nothere: no such folder"):
         load_examples("mmstar=/nothere", "test")
-    monkeypatch.setattr("common.data.hub_has", lambda name: None)
+    monkeypatch.setattr("common.data.examples.hub_has", lambda name: None)
     with pytest.raises(SystemExit, match=r"`hf download Lin-Chen/MMStar .* and pass --data mmstar=DIR"):
         load_examples("mmstar", "test")
     with pytest.raises(SystemExit, match="--benchmark mmsta: choose among geometry3k"):

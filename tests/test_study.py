@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from common.study import Args, main
+from common.evaluation.study import Args, main
 
 
 def test_a_small_study(tmp_path, capsys):
@@ -88,6 +88,6 @@ def test_a_run_that_was_stopped_is_not_evaluated_as_if_it_had_ended(tmp_path, mo
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("common.study.train_and_evaluate", interrupted)
+    monkeypatch.setattr("common.evaluation.study.train_and_evaluate", interrupted)
     with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
         main(Args(methods=("a: grpo.py",), out=str(tmp_path), seeds=(1,)))

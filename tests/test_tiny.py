@@ -3,9 +3,9 @@
 import pytest
 from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 
-from common.data import REQUEST, build_messages, load_examples
-from common.model import TINY, VISION_TOKENS, encode_prompts, load_policy
-from common.puzzles import puzzle
+from common.data.examples import REQUEST, build_messages, load_examples
+from common.data.puzzles import puzzle
+from common.model.load import TINY, VISION_TOKENS, encode_prompts, load_policy
 from common.tiny import recipe
 
 

@@ -7,8 +7,8 @@ import torch
 
 import grpo
 import vgpo
-from common.forward import Scorer
-from common.rollout import sample, uniform_numbers
+from common.model.sampling import sample, uniform_numbers
+from common.model.scoring import Scorer
 from tests.small_models import small_policy, small_prompts
 
 ARGS = vgpo.Args(group_size=2)

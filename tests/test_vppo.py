@@ -9,10 +9,10 @@ from PIL import Image
 
 import grpo
 import vppo
-from common.forward import Scorer
-from common.layers import attention
-from common.model import process_images
-from common.rollout import sample, uniform_numbers
+from common.model.layers import attention
+from common.model.load import process_images
+from common.model.sampling import sample, uniform_numbers
+from common.model.scoring import Scorer
 from tests.one_step import gradient_norm, one_step, standardized
 from tests.small_models import small_policy, small_prompts
 
@@ -231,7 +231,7 @@ def test_a_token_that_cannot_see_the_image_does_not_depend_on_it(monkeypatch):
             allowed[..., :width] = False
         return attention(q, k, v, allowed, scale)
 
-    monkeypatch.setattr("common.forward.attention", blind)
+    monkeypatch.setattr("common.model.scoring.attention", blind)
     seen = dependency()
     assert (seen[:, 1:] < 1e-9).all() and (seen[:, 0] > 1e-7).all(), "only the first is predicted by a prompt token"
 

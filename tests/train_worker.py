@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common.parallel import whole
-from common.run import Run
+from common.model.processes import whole
+from common.run.folder import Run
 
 
 def record(script: str, arguments: list[str]) -> dict:

@@ -30,10 +30,10 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from common.forward import Scorer
-from common.model import VISION_TOKENS, Policy, Prompts, encode_prompts, load_policy, save_policy
-from common.puzzles import Puzzle, puzzle
-from common.rollout import decode, sample, uniform_numbers
+from common.data.puzzles import Puzzle, puzzle
+from common.model.load import VISION_TOKENS, Policy, Prompts, encode_prompts, load_policy, save_policy
+from common.model.sampling import decode, sample, uniform_numbers
+from common.model.scoring import Scorer
 
 REQUEST = "Think between <think> and </think>, then give only the final answer between <answer> and </answer>."
 TEXT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import tyro
 
-from common.rewards import score
+from common.rewards.answers import score
 
 
 @dataclass

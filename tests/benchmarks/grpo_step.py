@@ -20,10 +20,10 @@ import tyro
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.data import ahead
-from common.forward import Scorer, micro_batches, rows_of
-from common.model import Policy, encode_prompts, load_policy
-from common.rollout import decode, sample, uniform_numbers
+from common.data.examples import ahead
+from common.model.load import Policy, encode_prompts, load_policy
+from common.model.sampling import decode, sample, uniform_numbers
+from common.model.scoring import Scorer, micro_batches, rows_of
 from grpo import Args, group_advantages, policy_loss, token_weights
 
 

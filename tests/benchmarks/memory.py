@@ -22,7 +22,7 @@ import torch
 import tyro
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from common.forward import LOGIT_BUDGET
+from common.model.scoring import LOGIT_BUDGET
 
 GIB = 2**30
 HEAD, VOCABULARY = 128, 151936
@@ -138,7 +138,7 @@ def update(name: str, lora: bool, options: Options, processes: int = 1) -> int:
         head_gradient = VOCABULARY * hidden * (2 + 4)
     seen = options.width + options.completion
     spread, mask = rows * seen * 2 * key_heads * HEAD * 2, rows * options.completion * seen * 3
-    if options.completion <= key_heads * HEAD:  # as `common.layers.attention` decides
+    if options.completion <= key_heads * HEAD:  # as `common.model.layers.attention` decides
         mask *= heads // key_heads
     else:
         spread += rows * seen * 2 * heads * HEAD * 2

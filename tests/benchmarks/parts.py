@@ -14,9 +14,9 @@ import torch
 import tyro
 from PIL import Image
 
-from common.forward import Scorer
-from common.model import encode_prompts, load_policy
-from common.rollout import sample, uniform_numbers
+from common.model.load import encode_prompts, load_policy
+from common.model.sampling import sample, uniform_numbers
+from common.model.scoring import Scorer
 
 
 @dataclass

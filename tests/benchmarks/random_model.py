@@ -17,7 +17,7 @@ import torch
 import tyro
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from common.model import TINY
+from common.model.load import TINY
 from tests.benchmarks.memory import SHAPES, configuration
 
 SMALL = ((64, 2, 2, 1, 96, True), (2, 64, 96, [0]))  # as `SHAPES`: a real vocabulary and little else

@@ -32,9 +32,9 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from common.model import Policy, load_policy, save_policy
-from common.parallel import end_processes, part_of, whole
-from common.plot import plot_learning_curve
+from common.model.load import Policy, load_policy, save_policy
+from common.model.processes import end_processes, part_of, whole
+from common.run.plot import plot_learning_curve
 
 BAD_STEPS_IN_A_ROW = 5
 # What may change between a run and its continuation; anything else would make it another run.
@@ -302,7 +302,7 @@ class Run:
         results = {name: result for name, result in results.items() if result}
         if self.main:
             if results:
-                from common.evaluate import table
+                from common.evaluation.accuracy import table
 
                 print(table(results))
             summary = {name: {k: v for k, v in r.items() if k != "rows"} for name, r in results.items()}

@@ -1,7 +1,7 @@
 """Is a completion's answer right? Extraction, normalization and comparison, one kind of answer at a time.
 
 Text work runs here, in time linear in the text, without `eval` and without patterns that backtrack. Symbolic equality
-alone goes to math-verify, in a separate process that can be killed (`common/math_worker.py`); it is started when first
+alone goes to math-verify, in a separate process that can be killed (`math_worker.py`); it is started when first
 needed, which the built-in puzzles never do.
 """
 
@@ -704,9 +704,9 @@ class _Worker:
             raise TimeoutError from None
 
     def start(self) -> None:
-        root = str(Path(__file__).parents[1])
+        root = str(Path(__file__).parents[2])
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "common.math_worker"],
+            [sys.executable, "-m", "common.rewards.math_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

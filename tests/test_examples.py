@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from common.data import (
+from common.data.examples import (
     REQUEST,
     TEMPLATE,
     Example,
@@ -173,7 +173,7 @@ def test_of_a_large_set_a_short_run_reads_only_what_it_draws(tmp_path, monkeypat
     splits = "splits:\n  - name: train\n    num_bytes: 600000\n    num_examples: 200\n"
     (folder / "README.md").write_text(f"---\ndataset_info:\n  {features}  {splits}---\n")
 
-    monkeypatch.setattr("common.data.LARGE", 200)
+    monkeypatch.setattr("common.data.examples.LARGE", 200)
 
     def questions(draws, seed):
         examples = load_examples(str(folder), draws=draws, seed=seed)
@@ -185,7 +185,7 @@ def test_of_a_large_set_a_short_run_reads_only_what_it_draws(tmp_path, monkeypat
     assert len(set(first)) == 20 and len({question[:8] for question in first}) == 4, "drawn from every shard"
     assert first == questions(20, seed=1) != questions(20, seed=2)
     assert len(questions(51, seed=1)) == 200, "a long run reads all of it"
-    monkeypatch.setattr("common.data.LARGE", 201)
+    monkeypatch.setattr("common.data.examples.LARGE", 201)
     assert len(questions(20, seed=1)) == 200, "and a small set is read as a whole"
 
 
@@ -255,7 +255,7 @@ def test_an_image_that_is_found_broken_only_when_drawn(tmp_path, capsys, monkeyp
     rows[7]["image"] = "damaged.png"
     file = write_jsonl(tmp_path, rows)
     assert len(load_examples(file)) == 199 and "1 of 200 rows cannot be used" in capsys.readouterr().out
-    monkeypatch.setattr("common.data.SMALL", 0)
+    monkeypatch.setattr("common.data.examples.SMALL", 0)
     examples = load_examples(file)
     assert capsys.readouterr().out == ""
     assert examples[7].answer == examples[7].answer == "8" and len(examples) == 200

@@ -1,6 +1,6 @@
 """Where a policy looks: how much each token of its completions depends on the image, and how close it stays to it.
 
-    python -m common.look --model tiny runs/vgpo-tiny-seed1 --out look
+    python -m common.evaluation.look --model tiny runs/vgpo-tiny-seed1 --out look
 
     dependency  the k3 estimate of KL(image || masked image) on the token, a random half of the patches black
                 (VPPO, arXiv 2510.09285, eq. 3), mean over some masks
@@ -26,13 +26,13 @@ import torch
 import tyro
 from PIL import Image
 
-from common.data import TEMPLATE, Example, build_messages, check_template, load_examples
-from common.evaluate import aligned, bootstrap, newest_checkpoint, usual
-from common.forward import Scorer
-from common.model import Policy, encode_prompts, load_policy, process_images
-from common.rewards import score
-from common.rollout import decode, sample, uniform_numbers
-from common.run import check_least, write
+from common.data.examples import TEMPLATE, Example, build_messages, check_template, load_examples
+from common.evaluation.accuracy import aligned, bootstrap, newest_checkpoint, usual
+from common.model.load import Policy, encode_prompts, load_policy, process_images
+from common.model.sampling import decode, sample, uniform_numbers
+from common.model.scoring import Scorer
+from common.rewards.answers import score
+from common.run.folder import check_least, write
 
 LATE = 0.5  # a completion's last half is late
 PLACES = 10  # of the curves

@@ -10,10 +10,10 @@ import pytest
 import torch
 from scipy.stats import binomtest, norm
 
-import common.evaluate
+import common.evaluation.accuracy
 from common.corruptions import SEEN, UNSEEN
-from common.data import PUZZLE_COUNT, TEMPLATE, Example, load_examples
-from common.evaluate import (
+from common.data.examples import PUZZLE_COUNT, TEMPLATE, Example, load_examples
+from common.evaluation.accuracy import (
     Args,
     bootstrap,
     evaluate,
@@ -30,7 +30,7 @@ from common.evaluate import (
     table,
     usual,
 )
-from common.model import TINY, load_policy
+from common.model.load import TINY, load_policy
 from tests.small_models import picture, small_folder, small_policy, watch_loading
 
 
@@ -95,10 +95,10 @@ class Sheep:
 
     def __init__(self, monkeypatch):
         self.batches = []
-        monkeypatch.setattr(common.evaluate, "encode_prompts", lambda policy, messages, images: images)
-        monkeypatch.setattr(common.evaluate, "sample", self.sample)
+        monkeypatch.setattr(common.evaluation.accuracy, "encode_prompts", lambda policy, messages, images: images)
+        monkeypatch.setattr(common.evaluation.accuracy, "sample", self.sample)
         monkeypatch.setattr(
-            common.evaluate, "decode", lambda policy, rollout: ["<answer>3</answer>"] * len(rollout.ended)
+            common.evaluation.accuracy, "decode", lambda policy, rollout: ["<answer>3</answer>"] * len(rollout.ended)
         )
 
     def sample(self, policy, prompts, group_size, max_new_tokens, uniforms, temperature):
@@ -187,7 +187,7 @@ def test_no_examples():
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_is_loaded(monkeypatch, args, message):
-    monkeypatch.setattr(common.evaluate, "load_policy", lambda *args, **kwargs: pytest.fail("too late"))
+    monkeypatch.setattr(common.evaluation.accuracy, "load_policy", lambda *args, **kwargs: pytest.fail("too late"))
     with pytest.raises(SystemExit, match=message):
         main(Args(**args))
 
@@ -321,9 +321,9 @@ def test_figures_of_several_benchmarks_are_means_over_benchmarks(tmp_path, monke
         right = round(accuracy * len(examples))
         return {"rows": [{"correct": [float(n < right)]} for n in range(len(examples))]}
 
-    monkeypatch.setattr(common.evaluate, "evaluate", evaluate)
-    monkeypatch.setattr(common.evaluate, "load_examples", lambda name, *args, **kwargs: [name] * sizes[name])
-    monkeypatch.setattr(common.evaluate, "load_policy", lambda *args, **kwargs: None)
+    monkeypatch.setattr(common.evaluation.accuracy, "evaluate", evaluate)
+    monkeypatch.setattr(common.evaluation.accuracy, "load_examples", lambda name, *args, **kwargs: [name] * sizes[name])
+    monkeypatch.setattr(common.evaluation.accuracy, "load_policy", lambda *args, **kwargs: None)
     args = Args(
         benchmark=("mmstar", "chartqa"), corruptions=("gaussian_noise", "jpeg_compression", "fog"),
         out=str(tmp_path / "all.json"),
@@ -368,8 +368,10 @@ def test_bootstrap_of_paired_differences():
 
 def test_robustness_shows_every_model_the_same_pixels_and_keeps_finished_cells(monkeypatch):
     policy, seen = load_policy("tiny", trainable=False), []
-    real = common.evaluate.corrupt
-    monkeypatch.setattr(common.evaluate, "corrupt", lambda *a: seen.append((real(*a).tobytes(), a[1:])) or real(*a))
+    real = common.evaluation.accuracy.corrupt
+    monkeypatch.setattr(
+        common.evaluation.accuracy, "corrupt", lambda *a: seen.append((real(*a).tobytes(), a[1:])) or real(*a)
+    )
     options = dict(max_new_tokens=8, batch_prompts=3)
     examples, kept = load_examples("puzzles", "test", limit=5), []
     result = robustness(policy, examples, ("fog", "pixelate"), (1, 5), keep=lambda c: kept.append(list(c)), **options)
@@ -386,7 +388,7 @@ def test_robustness_shows_every_model_the_same_pixels_and_keeps_finished_cells(m
 
 def test_robustness_from_the_command_line_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     args = dict(limit=3, max_completion_length=6, corruptions=("fog", "contrast"), out=str(tmp_path / "r.json"))
-    real, calls = common.evaluate.evaluate, []
+    real, calls = common.evaluation.accuracy.evaluate, []
 
     def stops(*positional, corruption, **options):
         if len(calls) == 3:
@@ -394,14 +396,14 @@ def test_robustness_from_the_command_line_goes_on_where_it_stopped(tmp_path, mon
         calls.append(corruption)
         return real(*positional, corruption=corruption, **options)
 
-    monkeypatch.setattr(common.evaluate, "evaluate", stops)
+    monkeypatch.setattr(common.evaluation.accuracy, "evaluate", stops)
     with pytest.raises(KeyboardInterrupt):
         main(Args(**args, severities=(1, 5)))
     assert calls == [None, ("fog", 1), ("fog", 5)]
     count = lambda *positional, corruption, **options: (
         calls.append(corruption) or real(*positional, corruption=corruption, **options)
     )
-    monkeypatch.setattr(common.evaluate, "evaluate", count)
+    monkeypatch.setattr(common.evaluation.accuracy, "evaluate", count)
     summary = main(Args(**args, severities=(1, 5)))
     assert calls[3:] == [("contrast", 1), ("contrast", 5)] and set(summary["tiny"]) == {"clean", "unseen", "cells"}
     main(Args(**args, severities=(5, 3)))
@@ -441,7 +443,9 @@ def test_a_file_keeps_what_it_holds(tmp_path, capsys):
 def test_finished_cells_are_shown_without_a_model(tmp_path, monkeypatch):
     args = Args(limit=3, max_completion_length=6, corruptions=("fog",), severities=(5,), out=str(tmp_path / "r.json"))
     summary = main(args)
-    monkeypatch.setattr(common.evaluate, "load_policy", lambda *args, **kwargs: pytest.fail("nothing is to do"))
+    monkeypatch.setattr(
+        common.evaluation.accuracy, "load_policy", lambda *args, **kwargs: pytest.fail("nothing is to do")
+    )
     assert main(args) == summary
 
 
@@ -449,7 +453,7 @@ def test_finished_cells_are_shown_without_a_model(tmp_path, monkeypatch):
 def test_one_model_at_a_time_stands_in_memory(corruptions, tmp_path, monkeypatch):
     other = str(tmp_path / "other")
     shutil.copytree(TINY, other)
-    loaded = watch_loading("common.evaluate", monkeypatch)
+    loaded = watch_loading("common.evaluation.accuracy", monkeypatch)
     main(Args(model=("tiny", other), limit=2, max_completion_length=2, corruptions=corruptions))
     assert len(loaded) == 2
 
@@ -520,7 +524,9 @@ def test_a_limit_that_changes_nothing_and_an_older_file_are_gone_on_with(tmp_pat
     older = json.loads(out.read_text())
     older["args"]["limit"] = None
     del older["models"]["tiny"]["weights"], older["summary"]
-    monkeypatch.setattr(common.evaluate, "load_policy", lambda *args, **kwargs: pytest.fail("nothing is to do"))
+    monkeypatch.setattr(
+        common.evaluation.accuracy, "load_policy", lambda *args, **kwargs: pytest.fail("nothing is to do")
+    )
     assert main(Args(**args, limit=3)) == summary
     out.write_text(json.dumps(older))
     assert main(Args(**args)) == main(Args(**args, limit=500)) == summary

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from common.parallel import part_of, whole
+from common.model.processes import part_of, whole
 from tests.small_models import FAMILIES, small_folder
 from tests.test_training import free_port
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common.forward import Prefix, forward_prompts
-from common.layers import fused, normalize, precision, rms_norm, rotary_tables
-from common.model import Policy, Prompts
+from common.model.layers import fused, normalize, precision, rms_norm, rotary_tables
+from common.model.load import Policy, Prompts
+from common.model.scoring import Prefix, forward_prompts
 
 # Ended rows are looked for every so many tokens, which costs a wait for the device, and are dropped when no more than
 # this share of the rows goes on, which costs a copy of the cache and, where steps are recorded, another recording.
@@ -174,7 +174,7 @@ def find(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 class Decoder:
     """The language model, laid out for one token a row at a time behind forwarded prompts.
 
-    `common.layers.decoder_layer` with the model's weights in fewer and larger operations, for with one token a row the
+    `layers.decoder_layer` with the model's weights in fewer and larger operations, for with one token a row the
     operations' number costs as much as their arithmetic: queries, keys and values come from one matrix product, gate
     and up from another; the norms' weights and the scale of the scores are multiplied into the rotary factors.
 

@@ -1,8 +1,8 @@
 """Accuracy on held-out examples, with a 95 % interval, over all and for each group; and under corrupted pictures.
 
-    python -m common.evaluate --model tiny --split test
-    python -m common.evaluate --model tiny runs/grpo-tiny-seed1 --split shifted --samples 4 --temperature 1
-    python -m common.evaluate --model runs/grpo-tiny-seed1 runs/roma-tiny-seed1 --corruptions seen unseen --out r.json
+    python -m common.evaluation --model tiny --split test
+    python -m common.evaluation --model tiny runs/grpo-tiny-seed1 --split shifted --samples 4 --temperature 1
+    python -m common.evaluation --model runs/grpo-tiny-seed1 runs/roma-tiny-seed1 --corruptions seen unseen --out r.json
 
 With `--corruptions` every example is answered clean and under each corruption at each severity (a cell), with the same
 pixels for every model. Finished cells are kept in `--out`: the same command goes on where it was stopped, and one with
@@ -18,17 +18,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 
 from common.corruptions import SEEN, UNSEEN, choose, corrupt
-from common.data import TEMPLATE, Example, build_messages, check_template, load_examples
-from common.forward import Scorer
-from common.model import TINY, Policy, check_model, encode_prompts, load_policy, replace_images
-from common.rewards import score
-from common.rollout import decode, sample, uniform_numbers
-from common.run import check_least, checksum, memory_advice, write
-from common.sets import SOURCES, special_scores
+from common.data.examples import TEMPLATE, Example, build_messages, check_template, load_examples
+from common.data.sets import SOURCES, special_scores
+from common.model.load import TINY, Policy, check_model, encode_prompts, load_policy, replace_images
+from common.model.sampling import decode, sample, uniform_numbers
+from common.model.scoring import Scorer
+from common.rewards.answers import score
+from common.run.folder import check_least, checksum, memory_advice, write
 
 
 @dataclass
@@ -36,9 +35,9 @@ class Args:
     model: tuple[str, ...] = ("tiny",)
     """models to compare: tiny, a run folder (its newest checkpoint), a checkpoint, a folder or a hub id"""
     data: str = "puzzles"
-    """puzzles, a short name of common/sets.py, a .jsonl or .parquet file, a folder, or a hub id"""
+    """puzzles, a short name of common/data/sets.py, a .jsonl or .parquet file, a folder, or a hub id"""
     benchmark: tuple[str, ...] = ()
-    """instead of one `data`: several benchmarks of common/sets.py, each `NAME` or `NAME=FOLDER`"""
+    """instead of one `data`: several benchmarks of common/data/sets.py, each `NAME` or `NAME=FOLDER`"""
     split: str = "test"
     """which part of it"""
     limit: int | None = None
@@ -584,7 +583,3 @@ def known_results(out: str, settings: dict, marks: dict[str, dict]) -> dict:
             weights = f"other weights of {name} ({before['checkpoint']})"
             raise SystemExit(f"--out {out}: holds figures of {weights}; name another file")
     return held | {"args": settings}
-
-
-if __name__ == "__main__":
-    main(tyro.cli(Args))

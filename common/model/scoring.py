@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from common.layers import attention, decoder_layer, precision, rms_norm, rotary_tables
-from common.model import Policy, Prompts, join
+from common.model.layers import attention, decoder_layer, precision, rms_norm, rotary_tables
+from common.model.load import Policy, Prompts, join
 
 # Logits of this many entries may exist at a time (float32: 256 MiB).
 LOGIT_BUDGET = 2**26

@@ -1,7 +1,7 @@
 """Symbolic comparison in a process of its own: sympy has no limits, so whoever asks must be able to kill it.
 
 Reads one JSON pair [prediction, gold] a line, answers one JSON boolean a line, ends when its input ends. Started by
-`common.rewards` as `python -m common.math_worker`; it imports nothing of the training program.
+`common.rewards.answers` as `python -m common.rewards.math_worker`; it imports nothing of the training program.
 """
 
 import json

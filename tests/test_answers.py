@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import rewards
-from common.rewards import KINDS, check, extract, normalize, number, prepare_gold, score
+from common.rewards import answers as rewards
+from common.rewards.answers import KINDS, check, extract, normalize, number, prepare_gold, score
 
 
 def answer(text: str) -> str:

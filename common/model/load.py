@@ -30,7 +30,7 @@ from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()  # transformers' own, for loading and saving weights, would break up ours
-TINY = Path(__file__).parent / "tiny"
+TINY = Path(__file__).parents[1] / "tiny"
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 # Adapters go on every linear layer of the language model; the vision tower and the output head stay as they are.

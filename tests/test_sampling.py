@@ -8,10 +8,10 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from scipy.stats import chisquare
 
-from common.forward import Scorer
-from common.layers import low_rank
-from common.model import LORA_TARGETS
-from common.rollout import BLOCK, decode, draw_tokens, find, sample, uniform_numbers
+from common.model.layers import low_rank
+from common.model.load import LORA_TARGETS
+from common.model.sampling import BLOCK, decode, draw_tokens, find, sample, uniform_numbers
+from common.model.scoring import Scorer
 from tests.small_models import FAMILIES, small_policy, small_prompts
 
 GROUP, TOKENS = 3, 12
@@ -217,7 +217,7 @@ def test_rows_that_end_are_dropped_without_disturbing_the_others(monkeypatch):
     prompts, _, _ = small_prompts(policy)
     uniforms = uniform_numbers(0, 0, range(3 * 16), 30)
     dropping = sample(policy, prompts, 16, 30, uniforms)
-    monkeypatch.setattr("common.rollout.DROP_BELOW", 0.0)
+    monkeypatch.setattr("common.model.sampling.DROP_BELOW", 0.0)
     whole = sample(policy, prompts, 16, 30, uniforms)
     assert torch.equal(dropping.completion_ids, whole.completion_ids)
     assert torch.equal(dropping.completion_mask, whole.completion_mask)
@@ -246,7 +246,7 @@ def test_what_a_cuda_graph_records_computes_the_same(family, monkeypatch):
         self.length, self.at, self.positions = self.length + 1, self.at + 1, self.positions + 1
         return hidden
 
-    monkeypatch.setattr("common.rollout.Decoder.step", recorded_step)
+    monkeypatch.setattr("common.model.sampling.Decoder.step", recorded_step)
     recorded = sample(policy, prompts, 8, 20, uniforms)
     assert torch.equal(plain.completion_ids, recorded.completion_ids)
     torch.testing.assert_close(plain.old_logprobs, recorded.old_logprobs, atol=1e-5, rtol=0)
@@ -258,8 +258,8 @@ class FakeGraphs:
 
     def __init__(self, monkeypatch):
         self.stream, self.recordings = "usual", 0
-        monkeypatch.setattr("common.rollout.can_record", lambda device: True)
-        monkeypatch.setattr("common.rollout.Decoder.may_record", True)
+        monkeypatch.setattr("common.model.sampling.can_record", lambda device: True)
+        monkeypatch.setattr("common.model.sampling.Decoder.may_record", True)
         monkeypatch.setattr("torch.cuda.CUDAGraph", lambda: None)
         monkeypatch.setattr("torch.cuda.graph", self.recording)
         monkeypatch.setattr("torch.cuda.current_stream", lambda: self.stream)

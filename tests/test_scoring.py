@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.data import build_messages, load_examples
-from common.forward import Scorer, distinct_rows, micro_batches, token_logprobs
-from common.layers import RMSNorm, attention, normalize, rms_norm
-from common.model import encode_prompts, load_policy, replace_images
-from common.rollout import sample, uniform_numbers
+from common.data.examples import build_messages, load_examples
+from common.model.layers import RMSNorm, attention, normalize, rms_norm
+from common.model.load import encode_prompts, load_policy, replace_images
+from common.model.sampling import sample, uniform_numbers
+from common.model.scoring import Scorer, distinct_rows, micro_batches, token_logprobs
 from tests.small_models import FAMILIES, picture, small_folder, small_policy, small_prompts
 
 GROUP = 3
@@ -115,7 +115,7 @@ def test_all_ways_to_attend_agree(monkeypatch, tokens, length, masked):
     scores = 0.3 * q @ k.repeat_interleave(3, dim=1).mT
     expected = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v.repeat_interleave(3, dim=1)
     for plain_scores in (2**23, 0):
-        monkeypatch.setattr("common.layers.PLAIN_SCORES", plain_scores)
+        monkeypatch.setattr("common.model.layers.PLAIN_SCORES", plain_scores)
         gathered = attention(q, k, v, mask if masked else None, 0.3)
         torch.testing.assert_close(gathered, expected, atol=1e-5, rtol=1e-5)
         gradients = (
@@ -186,7 +186,7 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch):
         return scores.logprobs.detach(), policy.base.lm_head.weight.grad.clone()
 
     whole = gradient()
-    monkeypatch.setattr("common.forward.LOGIT_BUDGET", 3 * 272)
+    monkeypatch.setattr("common.model.scoring.LOGIT_BUDGET", 3 * 272)
     for one, other in zip(whole, gradient(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
@@ -198,7 +198,7 @@ def test_the_heads_own_gradient_is_autograds(frozen, chunk, monkeypatch):
     hidden, head = (torch.randn(*size, generator=generator) for size in ((3, 4, 8), (11, 8)))
     ids, weights = torch.randint(0, 9, (3, 4), generator=generator), torch.randn(3, 4, generator=generator)
     mask, banned = torch.arange(4) < torch.tensor([[4], [1], [3]]), torch.arange(11) >= 9
-    monkeypatch.setattr("common.forward.LOGIT_BUDGET", chunk * 11)
+    monkeypatch.setattr("common.model.scoring.LOGIT_BUDGET", chunk * 11)
     inputs = [hidden.requires_grad_(), head.requires_grad_(not frozen)]
     logprobs, entropy = token_logprobs(*inputs, ids, mask, banned, 0.7)
     loss = (logprobs * weights).sum()
@@ -248,7 +248,7 @@ def test_no_tensor_of_rows_times_tokens_times_vocabulary(monkeypatch):
     vocabulary, width = policy.base.get_output_embeddings().weight.shape
     chunk = width + 1  # tokens; the head itself, transposed, is one of the tensors
     assert mask.sum() > 2 * chunk
-    monkeypatch.setattr("common.forward.LOGIT_BUDGET", chunk * vocabulary)
+    monkeypatch.setattr("common.model.scoring.LOGIT_BUDGET", chunk * vocabulary)
     with LargestLogits(vocabulary) as seen:
         Scorer(policy)(prompts, ids, mask).logprobs.sum().backward()
     assert seen.most == chunk * vocabulary, "scoring: a chunk of tokens at a time, also in the backward pass"
@@ -269,11 +269,11 @@ def test_in_bfloat16_sampling_and_scoring_agree_within_a_bound(name, lora_rank, 
         assert a.dtype == b.dtype == torch.bfloat16, "CUDA's product takes no two precisions"
         return a.float() @ b.float()
 
-    monkeypatch.setattr("common.rollout.products", products)
+    monkeypatch.setattr("common.model.sampling.products", products)
     if float32_norms:
-        for module in ("layers", "forward", "rollout"):
-            monkeypatch.setattr(f"common.{module}.rms_norm", lambda x, norm: rms_norm(x.float(), norm))
-        monkeypatch.setattr("common.rollout.normalize", lambda x, eps: normalize(x.float(), eps))
+        for module in ("layers", "scoring", "sampling"):
+            monkeypatch.setattr(f"common.model.{module}.rms_norm", lambda x, norm: rms_norm(x.float(), norm))
+        monkeypatch.setattr("common.model.sampling.normalize", lambda x, eps: normalize(x.float(), eps))
     policy = load_policy(name if name == "tiny" else small_folder(name), lora_rank=lora_rank)
     for parameter in policy.model.parameters():
         if not parameter.requires_grad:

@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from common.forward import Scorer
-from common.layers import precision
-from common.model import Prompts
+from common.model.layers import precision
+from common.model.load import Prompts
+from common.model.scoring import Scorer
 
 UNTIL_EXIT = []  # what must not be freed earlier
 

@@ -1,6 +1,6 @@
 """Train methods with several seeds at equal budget, evaluate every run on the same pictures, and compare in pairs.
 
-    python -m common.study --methods "grpo: grpo.py" "roma: roma.py" --corruptions seen unseen --out studies/roma
+    python -m common.evaluation.study --methods "grpo: grpo.py" "roma: roma.py" --corruptions seen --out studies/roma
 
 Each method is `NAME: SCRIPT FLAGS`; differences are to the first. A run is skipped where it is finished and continued
 where it was interrupted, and finished cells of an evaluation are kept, so the same command goes on where it stopped.
@@ -24,12 +24,12 @@ import tyro
 from tqdm import tqdm
 
 from common.corruptions import choose
-from common.evaluate import CLEAN, plot_robustness, robustness_summary, robustness_table
-from common.look import FIGURES, summarize, summary_table
-from common.puzzles import SPLITS
-from common.run import write
+from common.data.puzzles import SPLITS
+from common.evaluation.accuracy import CLEAN, plot_robustness, robustness_summary, robustness_table
+from common.evaluation.look import FIGURES, summarize, summary_table
+from common.run.folder import write
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Args:
     limit: int = 500
     """examples of a split"""
     look: int = 0
-    """examples to measure visual dependency and focus on, see common/look.py (0: none)"""
+    """examples to measure visual dependency and focus on, see common/evaluation/look.py (0: none)"""
     jobs: int = 2
     """runs at a time, each on one CPU thread where there are several (use 1 on a GPU)"""
 
@@ -84,7 +84,7 @@ def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> 
         corrupted = args.corruptions if split == args.splits[0] else ()
         flags = ["--corruptions", *corrupted, "--severities", *map(str, args.severities)] if corrupted else []
         if corrupted or not file.is_file():
-            execute(["-m", "common.evaluate", "--model", path, "--split", split, "--limit", str(args.limit),
+            execute(["-m", "common.evaluation", "--model", path, "--split", split, "--limit", str(args.limit),
                      "--out", str(file), *flags])  # fmt: skip
         result = json.loads(file.read_text())["models"][path]
         held = result.get("cells") or {CLEAN: [mean(row["correct"]) for row in result["rows"]]}
@@ -94,8 +94,8 @@ def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> 
     if args.look:
         file = folder.resolve() / "look" / "look.json"
         if not file.is_file() or len(next(iter(json.loads(file.read_text())["examples"].values()))) != args.look:
-            execute(["-m", "common.look", "--model", path, "--split", args.splits[0], "--limit", str(args.look),
-                     "--out", str(file.parent)])  # fmt: skip
+            execute(["-m", "common.evaluation.look", "--model", path, "--split", args.splits[0],
+                     "--limit", str(args.look), "--out", str(file.parent)])  # fmt: skip
         (rows,) = json.loads(file.read_text())["examples"].values()
         cells["look"] = {figure: [row[figure] for row in rows] for figure in FIGURES}
     return cells

@@ -1,6 +1,6 @@
 """Pictures of training: a run's learning curve, and metrics of several runs side by side.
 
-    python -m common.plot --runs runs/grpo-tiny-seed1 runs/noisy_grpo-tiny-seed1 \
+    python -m common.run.plot --runs runs/grpo-tiny-seed1 runs/noisy_grpo-tiny-seed1 \
         --metrics reward reward_std "noise/*/reward" "noise/*/advantage" --out noise.png
 
 A panel a pattern, a line a metric and method: runs whose folders differ only in a last `-seedN` are one line, the mean

@@ -22,11 +22,11 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from common.puzzles import SPLITS, puzzle
-from common.rewards import KINDS, prepare_gold
-from common.sets import SOURCES, Readable
+from common.data.puzzles import SPLITS, puzzle
+from common.data.sets import SOURCES, Readable
+from common.rewards.answers import KINDS, prepare_gold
+from common.rewards.designs import REQUEST
 
-REQUEST = "Think between <think> and </think>, then give only the final answer between <answer> and </answer>."
 TEMPLATE = "{question}\n\n{request}"
 # Where data sets keep what; the first of these that a set has is taken.
 IMAGE_COLUMNS = ("images", "decoded_image", "image", "image_path", "file_name")
@@ -51,7 +51,7 @@ class Example:
     question: str
     answer: str
     kind: str = "math"
-    """how an answer is checked; see `common.rewards.check`"""
+    """how an answer is checked; see `common.rewards.answers.check`"""
     choices: tuple[str, ...] | None = None
     group: str = ""
     """puzzle family or subject: accuracy is reported for each"""
@@ -71,8 +71,8 @@ def load_examples(
     draws: int | None = None,
     seed: int = 0,
 ) -> Sequence[Example]:
-    """Examples of a split: `puzzles`; a short name of common/sets.py, `=FOLDER` behind it where a folder holds the set;
-    a .jsonl or .parquet file; a folder with metadata.jsonl, metadata.parquet or a data set of its own; or a hub id.
+    """Examples of a split: `puzzles`; a short name of common/data/sets.py, `=FOLDER` behind it where a folder holds the
+    set; a .jsonl or .parquet file; a folder with metadata.jsonl, metadata.parquet or a data set of its own; or a hub id.
     `@config` behind a folder or an id names one of its configurations.
 
     A file has no splits: it serves as any, and says so, unless files named after splits lie in a folder.
@@ -226,7 +226,7 @@ def open_rows(
 
 
 def open_source(data: str, split: str, draws: int | None = None, seed: int = 0) -> tuple[Readable, Path | None]:
-    """The rows of a set of common/sets.py, and the folder that image paths in it are relative to."""
+    """The rows of a set of common/data/sets.py, and the folder that image paths in it are relative to."""
     name, _, folder = data.partition("=")
     source = SOURCES[name]
     if folder and not Path(folder).is_dir():
