@@ -71,8 +71,8 @@ def load_examples(
     draws: int | None = None,
     seed: int = 0,
 ) -> Sequence[Example]:
-    """Examples of a split: `puzzles`; a short name of common/data/sets.py, `=FOLDER` behind it where a folder holds the
-    set; a .jsonl or .parquet file; a folder with metadata.jsonl, metadata.parquet or a data set of its own; or a hub id.
+    """Examples of a split: `puzzles`; a short name of data/sets.py, `=FOLDER` behind it where a folder holds the set;
+    a .jsonl or .parquet file; a folder with metadata.jsonl, metadata.parquet or a data set of its own; or a hub id.
     `@config` behind a folder or an id names one of its configurations.
 
     A file has no splits: it serves as any, and says so, unless files named after splits lie in a folder.
