@@ -7,10 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from common.evaluation import __main__ as command
 from common.model.sampling import Decoder, sample
 from common.model.scoring import Scorer, forward_completions, forward_prompts, token_logprobs
 from common.run.settings import memory_advice
-from common.tiny.recipe import accuracy as evaluate
 from tests.benchmarks.memory import Options, sampling, update
 from tests.small_models import FAMILIES, small_policy, small_prompts
 
@@ -194,12 +194,12 @@ def test_every_form_of_running_out_of_memory_ends_in_one_line(error, monkeypatch
     def load_examples(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(evaluate, "load_examples", load_examples)
+    monkeypatch.setattr(command, "load_examples", load_examples)
     advice = "out of memory: lower --micro-batch-tokens .*--max-completion-length or --group-size"
     with pytest.raises(SystemExit, match=advice) as of_training:
         train()
     with pytest.raises(SystemExit, match="out of memory: lower --batch-prompts") as of_evaluation:
-        evaluate.main(evaluate.Args())
+        command.main(command.Args())
     for line in map(str, (of_training.value, of_evaluation.value)):
         assert "\n" not in line and not line.endswith("()")
 

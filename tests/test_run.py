@@ -15,12 +15,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+import grpo
 from common.data.examples import Example
 from common.run.checkpoints import find_damage, load_weights
 from common.run.files import drop_lines_from
 from common.run.folder import Run
 from common.run.plot import plot_learning_curve
-from common.run.settings import memory_advice
+from common.run.settings import check_ranges, memory_advice
 from tests.small_models import FAMILIES, small_folder, small_policy
 
 
@@ -147,7 +148,7 @@ def test_the_newest_checkpoints_are_kept(tmp_path):
         run.save(step, policy, optimizer)
     assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step-000003", "step-000010"]
     with pytest.raises(SystemExit, match="--keep-checkpoints 0"):
-        new_run(tmp_path / "other", keep_checkpoints=0)
+        check_ranges(grpo.Args(keep_checkpoints=0))
 
 
 def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(tmp_path):
@@ -295,7 +296,7 @@ def test_the_results_are_kept_and_drawn(tmp_path):
         run.log(step, {**LINE, "reward": 2 * step - 5.0, **({"eval/accuracy": 0.5} if step % 5 == 4 else {})})
     result = {"accuracy": 0.5, "ci_low": 0.4, "ci_high": 0.6, "count": 100, "groups": {}, "mean_length": 9.0}
     result |= {"truncated": 0.0, "samples": 1, "rows": [{"id": "a"}]}
-    run.finish({"before": result, "after": None})
+    run.finish({"before": result})
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["before"]["accuracy"] == 0.5 and "rows" not in summary["before"] and "after" not in summary
     assert json.loads((tmp_path / "run" / "evaluations" / "before.json").read_text()) == result

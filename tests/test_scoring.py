@@ -10,7 +10,7 @@ from common.model.layers import RMSNorm, attention, normalize, rms_norm
 from common.model.load import encode_prompts, load_policy
 from common.model.sampling import sample, uniform_numbers
 from common.model.scoring import Scorer, distinct_rows, token_logprobs
-from common.model.training import micro_batches
+from common.model.training import cut_by_tokens
 from tests.small_models import FAMILIES, picture, small_folder, small_policy, small_prompts
 
 GROUP = 3
@@ -222,10 +222,11 @@ def test_the_heads_own_gradient_is_autograds(frozen, chunk, monkeypatch):
 def test_micro_batches_hold_every_prompt_once_within_the_budget():
     lengths = torch.tensor([5, 9, 2, 2, 7, 7, 1, 3])  # four prompts, two rows each
     mask = torch.arange(9) < lengths[:, None]
-    batches = list(micro_batches(mask, prompt_width=10, group_size=2, budget=40))
+    longest = mask.sum(1).view(-1, 2).amax(1).tolist()
+    batches = cut_by_tokens(longest, prompt_tokens=10, group_size=2, budget=40)
     assert batches == [[0], [2], [3, 1]]  # 28, 24, 2 * (10 + 6) tokens
-    assert list(micro_batches(mask, 10, 2, budget=1)) == [[0], [2], [3], [1]]
-    assert list(micro_batches(mask, 10, 2, budget=10**6)) == [[0, 2, 3, 1]]
+    assert cut_by_tokens(longest, 10, 2, budget=1) == [[0], [2], [3], [1]]
+    assert cut_by_tokens(longest, 10, 2, budget=10**6) == [[0, 2, 3, 1]]
 
 
 class LargestLogits(TorchDispatchMode):

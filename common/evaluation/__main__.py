@@ -89,10 +89,10 @@ def check(args: Args) -> None:
     for name in args.benchmark:
         if name.split("=")[0] not in SOURCES:
             raise SystemExit(f"--benchmark {name}: choose among {', '.join(SOURCES)}, with =FOLDER behind for a folder")
-    if args.corruptions is not None:
-        severities = (1, 3, 5) if args.severities is None else args.severities
-        check_corruptions("--corruptions", args.corruptions, "--severities", severities)
-    elif args.severities:
+    names = ("seen",) if args.corruptions is None else args.corruptions
+    severities = (1, 3, 5) if args.severities is None else args.severities
+    check_corruptions("--corruptions", names, "--severities", severities)
+    if args.severities and not args.corruptions:
         raise SystemExit(f"--severities {' '.join(map(str, args.severities))}: of what? Pass --corruptions with it")
 
 
