@@ -19,7 +19,7 @@ PLACES, CHANGED_IN_MAIN = 14, 40
 LINES, LINES_OF_MAIN, MORE_LINES = 340, 150, 120
 # Defaults that differ from grpo.py's because the paper's do.
 OWN_DEFAULTS = {"vppo": {"filter_groups"}, "noisy_grpo": {"kl_coef"}, "roma": {"robust_examples"}}
-FLOORS = ({"model", "rewards"}, {"data", "corruptions"}, {"run"}, {"evaluation"}, {"tiny"})
+FLOORS = ({"model", "rewards"}, {"data"}, {"corruptions"}, {"run"}, {"evaluation"}, {"tiny"})
 
 
 def text(script: str) -> str:
