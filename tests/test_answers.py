@@ -4,14 +4,16 @@ import json
 import signal
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.rewards import answers as rewards
-from common.rewards.answers import KINDS, check, extract, normalize, number, prepare_gold, score
+from common.rewards import math_worker
+from common.rewards.answers import KINDS, check, extract, prepare_gold, score
+from common.rewards.reading import normalize, number
 
 
 def answer(text: str) -> str:
@@ -229,7 +231,7 @@ SPELLINGS = [
 
 @pytest.mark.parametrize("text, gold, kind, choices, right", SPELLINGS)
 def test_answers_as_models_write_them(text, gold, kind, choices, right, monkeypatch):
-    monkeypatch.setattr(rewards, "DEADLINE", 30.0)
+    monkeypatch.setattr(math_worker, "DEADLINE", 30.0)
     verdict = check(answer(text), prepare_gold(gold, kind, choices), kind, choices)
     assert verdict.correct is right, verdict
 
@@ -286,7 +288,8 @@ def test_gold_answers_are_prepared(gold, kind, choices, prepared):
     [
         (None, "math", None, "no answer"),
         ("  ", "exact", None, "no answer"),
-        (["a", "b"], "exact", None, "no answer"),
+        (["a", "b"], "exact", None, r"the answer is a list \(\['a', 'b'\]\); write it as one text"),
+        ("A", "choice", None, "needs the options in a column choices or options"),
         (r"\boxed{\left\{ 1 \right.", "math", None, "no answer inside"),
         ("None", "int", None, "not of kind int"),
         ("maybe", "yesno", None, "not of kind yesno"),
@@ -361,26 +364,26 @@ def test_check_never_raises(text, kind):
 
 @pytest.fixture
 def worker():
-    worker = rewards._Worker()
+    worker = math_worker.Worker()
     yield worker
     worker.kill()
 
 
 def test_a_comparison_that_hangs_is_killed_and_the_next_one_works(worker, monkeypatch):
-    monkeypatch.setattr(rewards, "DEADLINE", 30.0)
+    monkeypatch.setattr(math_worker, "DEADLINE", 30.0)
     assert worker.equal("x+1", "1+x") == (True, "ok")
     first = worker.process.pid
     worker.process.send_signal(signal.SIGSTOP)  # as one that computes for ever: it does not answer
-    monkeypatch.setattr(rewards, "DEADLINE", 0.1)
+    monkeypatch.setattr(math_worker, "DEADLINE", 0.1)
     assert worker.equal("x+2", "2+x") == (False, "timeout")
     assert worker.process is None
-    monkeypatch.setattr(rewards, "DEADLINE", 30.0)
+    monkeypatch.setattr(math_worker, "DEADLINE", 30.0)
     assert worker.equal("x+3", "3+x") == (True, "ok")
     assert worker.process.pid != first
 
 
 def test_a_worker_that_dies_is_replaced(worker, monkeypatch):
-    monkeypatch.setattr(rewards, "DEADLINE", 30.0)
+    monkeypatch.setattr(math_worker, "DEADLINE", 30.0)
     assert worker.equal("y+1", "1+y") == (True, "ok")
     worker.process.kill()
     worker.process.wait()
@@ -388,13 +391,13 @@ def test_a_worker_that_dies_is_replaced(worker, monkeypatch):
 
 
 def test_after_some_timeouts_no_more_is_tried(worker, monkeypatch):
-    worker.timeouts = rewards.MOST_TIMEOUTS
+    worker.timeouts = math_worker.MOST_TIMEOUTS
     assert worker.equal("x+1", "1+x") == (False, "timeout")
     assert worker.process is None, "it was not even started"
 
 
 def test_verdicts_are_remembered(worker, monkeypatch):
-    monkeypatch.setattr(rewards, "DEADLINE", 30.0)
+    monkeypatch.setattr(math_worker, "DEADLINE", 30.0)
     worker.equal("z+1", "1+z")
     worker.kill()
     assert worker.equal("z+1", "1+z") == (True, "ok") and worker.process is None
@@ -410,12 +413,12 @@ def test_comparison_works_off_the_main_thread():
 
 
 def test_the_worker_needs_nothing_of_the_training_program():
-    source = open(rewards.__file__.replace("rewards", "math_worker")).read()
+    source = Path(math_worker.__file__).read_text()
     assert "import torch" not in source and "from common" not in source
 
 
 def test_kinds_of_the_puzzles_never_start_the_worker(monkeypatch):
-    monkeypatch.setattr(rewards._Worker, "start", lambda self: pytest.fail("the worker was started"))
+    monkeypatch.setattr(math_worker.Worker, "start", lambda self: pytest.fail("the worker was started"))
     for kind, right in (("int", "12"), ("exact", "red"), ("yesno", "yes")):
         assert check(answer(right), right, kind).correct
     assert json.dumps(check(answer("x"), "12", "int").status)
