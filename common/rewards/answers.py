@@ -370,14 +370,15 @@ def same_math(answer: str, gold: str, depth: int = 0) -> tuple[bool, str]:
     answer = reading.relations_as_signs(without_lead(answer))
     if gold.startswith("("):  # `P(3, 2)`
         answer = re.sub(r"^[A-Z]'{0,2} ?(?=\()", "", answer)
-    names = [re.match(r"([a-z]) ?=", text) for text in (answer, gold)]
-    if all(names) and names[0][1] != names[1][1] and not {",", ";"} & set(answer + gold):
-        return False, "ok"
+    if answer.count("=") == gold.count("=") == 1 and "," not in as_list(answer):
+        names = [text.split("=")[0].strip() for text in (answer, gold)]
+        if not all(map(reading.is_name, names)) or (len(names[0]) == len(names[1]) == 1 and names[0] != names[1]):
+            return same_expression(answer, gold)
     if r"\approx" in answer and (sides := answer.split(r"\approx"))[0].strip() and len(sides) == 2:
         return same_about(*map(str.strip, sides), gold, depth)
     if answer.count("=") < 2:
         answer = without_name(answer)
-    elif "," not in answer:  # every side of `x = 5 + 7 = 12`
+    elif "," not in as_list(answer):  # every side of `x = 5 + 7 = 12`
         sides = [side.strip() for side in answer.split("=") if not reading.is_name(side.strip())]
         return bool(sides) and all(same_math(side, gold, depth)[0] for side in sides), "ok"
     if gold.count("=") < 2:
@@ -412,8 +413,13 @@ def same_math(answer: str, gold: str, depth: int = 0) -> tuple[bool, str]:
 
 def same_about(exact: str, about: str, gold: str, depth: int) -> tuple[bool, str]:
     """`\\sqrt{2} \\approx 1.41` as either of its sides, where one is the other rounded."""
-    if reading.is_name(exact) or same_math(exact, gold, depth)[0]:
-        return (True, "ok") if not reading.is_name(exact) else same_math(about, gold, depth)
+    if reading.is_name(exact):
+        return same_math(about, gold, depth)
+    numbers = quantity(exact), quantity(about)
+    if all(numbers) and abs(numbers[0][0] - numbers[1][0]) > abs(numbers[0][0]) / 100:
+        return False, "ok"  # `12 \\approx 13`
+    if same_math(exact, gold, depth)[0]:
+        return True, "ok"
     right, status = same_math(about, gold, depth)
     digits = len(about.partition(".")[2])
     return right and same_expression(*map(reading.for_algebra, (exact, about)), digits=digits)[0], status
@@ -464,7 +470,7 @@ def by_name(parts: list[str]) -> dict[str, str] | None:
 
 def same_elements(one: tuple[str, list[str]], gold: tuple[str, list[str]], depth: int) -> bool:
     (brackets, parts), (gold_brackets, targets) = one, gold
-    if brackets and gold_brackets and brackets != gold_brackets:
+    if brackets != gold_brackets and (brackets and gold_brackets or gold_brackets in ("[)", "(]")):
         return False
     named, gold_named = by_name(parts), by_name(targets)
     if named and gold_named:

@@ -31,7 +31,7 @@ _TOO_HEAVY = re.compile(
 # What math-verify would read a part of, or read anyhow: words, numbers side by side, `5 -`, `5_2`, `5'`, `5?`, `5 & 6`.
 _NO_EXPRESSION = re.compile(
     r"(?<!\\)\b(?!operatorname|(?:arc)?(?:sin|cos|tan)h?\b)[^\W\d_]{4,}|\b[a-zA-Z]{2,} [a-zA-Z]{2,}"
-    r"|\d \.?\d|\d ?[_']|[?@#;]|[-+*/^=_,:<>] ?$|^ ?[*/^=_,:]|\\(?:times|cdot|div|pm) ?$"
+    r"|(?<!_)\d \.?\d|\d ?[_']|[?@#;]|[-+*/^=_,:<>] ?$|^ ?[*/^=_,:]|\\(?:times|cdot|div|pm) ?$"
 )
 
 
@@ -130,17 +130,19 @@ def main() -> None:
     except (ImportError, ValueError, OSError):
         pass  # no such limit on this system: the deadline still holds
     logging.disable(logging.CRITICAL)
-    from math_verify import parse, verify
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
 
-    verify(
-        parse("$(x+1)^2$", parsing_timeout=None), parse("$x^2$", parsing_timeout=None), timeout_seconds=None
-    )  # warm up
+    # Not its own units, which drop the letters t, h, s, d and others at the end of an expression, nor parts of a text.
+    latex = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
+    reading = {"extraction_config": [LatexExtractionConfig(normalization_config=latex)], "parsing_timeout": None}
+    verify(parse("$(x+1)^2$", **reading), parse("$x^2$", **reading), timeout_seconds=None)  # warm up
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         prediction, gold, digits = json.loads(line)
         try:
             # Time limits are alarms, which cannot stop one long call; the asking side has the clock.
-            gold, prediction = (parse(f"${text}$", parsing_timeout=None) for text in (gold, prediction))
+            gold, prediction = (parse(f"${text}$", **reading) for text in (gold, prediction))
             equal = bool(verify(gold, prediction, float_rounding=digits, timeout_seconds=None))
         except Exception:  # whatever a hostile expression brings about, it is not equal
             equal = False

@@ -17,7 +17,7 @@ _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "012345678
 _SIGNS = str.maketrans({
     "−": "-", "–": "-", "⁄": "/", "÷": "/", "∶": ":", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ",
     "π": r"\pi ", "∞": r"\infty ", "±": r"\pm ", "≈": r"\approx ", "√": " sqrt", "≤": r"\le ", "≥": r"\ge ",
-    "≠": r"\neq ", "∈": r"\in ", "∪": r"\cup ", "∅": r"\emptyset ",
+    "≠": r"\neq ", "∈": r"\in ", "∪": r"\cup ", "∅": r"\emptyset ", "∠": r"\angle ",
 })  # fmt: skip
 _TEXT = r"text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt)|operatorname|mbox|emph|boldsymbol|underline|fbox"
 _SPELLINGS = [  # in this order; a backslash before a backslash is the end of a matrix's row
@@ -25,14 +25,18 @@ _SPELLINGS = [  # in this order; a backslash before a backslash is the end of a 
     (r"(?<!\\)\\(?:[,;:> ()\[\]]|q?quad(?![a-zA-Z]))|[~$]", " "),
     (r"\\%", "%"),
     (r"\{,\}", ","),
-    *[(rf"\\(?:{_TEXT})\s?\{{([^{{}}]*)\}}", r"\1")] * 3,
     (r"\^ ?(?:\\circ(?![a-zA-Z])|\{ ?\\circ ?\})|\\degree(?![a-zA-Z])", "°"),
-    (r"° (?=[CF]\b)|\bdegrees? (?=(?:[CF]|[Cc]elsius|[Ff]ahrenheit)\b)", "°"),
+    *[(rf"\\(?:{_TEXT})\s?\{{([^{{}}]*)\}}", r"\1")] * 3,
+    (r"^(?:minus|negative) (?=\d)", "-"),
+    (r" ?° ?(?=[CF]\b)| ?\bdegrees? (?=(?:[CF]|[Cc]elsius|[Ff]ahrenheit)\b)", "°"),
     (r"\\(?:leq|leqslant|leqq)(?![a-zA-Z])|<=", r"\\le "),
     (r"\\(?:geq|geqslant|geqq)(?![a-zA-Z])|>=", r"\\ge "),
     (r"\\ne(?![a-zA-Z])|!=|\\not ?=", r"\\neq "),
     (r"\\lt(?![a-zA-Z])", "<"),
     (r"\\gt(?![a-zA-Z])", ">"),
+    (r"\\\\ ?$", ""),
+    (r"^\{([^{},]*)\}$", r"\1"),
+    (r"\\([lr])brace(?![a-zA-Z])", lambda m: {"l": r"\{", "r": r"\}"}[m[1]]),
     (r"\\varnothing|\\\{ ?\\\}", r"\\emptyset"),
     (r"\\(?:[dtc]|nice|s)frac(?![a-zA-Z])", r"\\frac"),
     (r"\\over(?:line|rightarrow) ?\{ ?([A-Z] ?[A-Z]) ?\}", r"\1"),  # a segment by its ends; digits repeat under a line
@@ -106,7 +110,7 @@ _MULTIPLIERS = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion"
 # Words beside a number that make another one of it, or none.
 _CHANGE = re.compile(
     r"\b(?:not|nor|than|least|most|up to|over|under|above|below|between|half|twice|double|dozens?|squared|cubed|plus|"
-    rf"minus|times|divided|negative|except|or|{'|'.join(_MULTIPLIERS)})\b",
+    rf"minus|times(?! ?$)|divided|negative|except|or|{'|'.join(_MULTIPLIERS)})\b",
     re.IGNORECASE,
 )
 
@@ -188,10 +192,10 @@ _SYMBOLS = _SI | set(
     "h hr hrs min mins sec secs day atm rad deg in ft yd yds mi lb lbs kgs oz gal mph kph rpm ha USD EUR GBP".split()
 )
 _PREFIXES = tuple("kMGTmµμnpcd")
-_CURRENCIES = {"＄": "dollar", "€": "euro", "£": "pound_sterling", "¥": "yen", "₹": "rupee"}
+_CURRENCIES = {"＄": "dollar", "€": "euro", "£": "sterling", "¥": "yen", "₹": "rupee"}
 _CURRENCY = f"[{''.join(_CURRENCIES)}]"
 _UNIT = re.compile(
-    r" ?(/|\\cdot|\*|per\b)? ?(?:(square|sq\.?|cubic|cu\.?) )?(°[CF]|°(?:[Cc]elsius|[Ff]ahrenheit)|[^\W\d_]+|[%°])\.?"
+    r" ?(/|\\cdot|\*|per\b)? ?(?:(square|sq\.?|cubic|cu\.?) )?(°(?:[Cc]elsius|[Ff]ahrenheit|[CF])|[^\W\d_]+|[%°])\.?"
     r"(?: ?\^ ?\{([+-]?\d)\}|([23])\b| (squared|cubed)\b)?"
 )
 # A bare degree or letter behind a number may mean a temperature's.
@@ -208,7 +212,7 @@ def registry():
 
     units = pint.UnitRegistry()
     for line in ("dollar = [dollar] = USD", "cent = dollar / 100", "euro = [euro] = EUR", "yen = [yen] = JPY",
-                 "pound_sterling = [sterling] = GBP", "rupee = [rupee] = INR", "unit = [unit]"):  # fmt: skip
+                 "sterling = [sterling] = GBP", "rupee = [rupee] = INR", "unit = [unit]"):  # fmt: skip
         units.define(line)
     return units
 
@@ -246,6 +250,7 @@ def unit_of(text: str) -> tuple[str, float, dict[str, int]] | None:
     if len(text) > LONGEST_NUMBER:
         return None
     text = re.sub(r"\\frac ?\{([^{}]+)\} ?\{([^{}]+)\}", r"\1/\2", text.strip())
+    text = re.sub(r"\\mu ?", "μ", text.replace("\\Omega", "Ω"))
     text = re.sub(r"/ ?\(([^()]*)\)", lambda m: "/" + re.sub(r" ?(?:\\cdot|\*| ) ?", "/", m[1].strip()), text)
     names, total, dimensions, place = [], 1.0, {}, 0
     while place < len(text):
@@ -321,7 +326,7 @@ def half_a_place(gold: str) -> Fraction:
 
 def without_unit(text: str):
     """`12\\sqrt{3} cm^2` as `12\\sqrt{3}` and its unit. Of single letters only an `m` set apart is a unit here."""
-    for end in re.finditer(r"(?:(?<=[})])|(?<=\\pi))( ?)(?=[a-zA-Z°])", text):
+    for end in re.finditer(r"(?:(?<=[})\d])|(?<=\\pi))( ?)(?=[a-zA-Z°])", text):
         rest = text[end.end() :]
         if rest[1:2].isalpha() or rest[0] == "°" or (rest[0] == "m" and end[1]):
             if unit := unit_of(rest):
