@@ -470,7 +470,7 @@ def by_name(parts: list[str]) -> dict[str, str] | None:
 
 def same_elements(one: tuple[str, list[str]], gold: tuple[str, list[str]], depth: int) -> bool:
     (brackets, parts), (gold_brackets, targets) = one, gold
-    if brackets != gold_brackets and (brackets and gold_brackets or gold_brackets in ("[)", "(]")):
+    if brackets != gold_brackets and ((brackets and gold_brackets) or gold_brackets in ("[)", "(]")):
         return False
     named, gold_named = by_name(parts), by_name(targets)
     if named and gold_named:
