@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -244,6 +246,38 @@ def test_case_table(case):
     assert verdict.status != "error"
 
 
+TABLE = [json.loads(line) for line in (Path(__file__).parent / "answer_cases.jsonl").read_text("utf-8").splitlines()]
+# Right, but in forms that the rules do not read.
+NOT_READ = {r"<answer>{1 \over 2}</answer>", "<answer>5 ft 0 in</answer>", "<answer>one half</answer>",
+            "<answer>a half</answer>"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", sorted({row["kind"] for row in TABLE}))
+def test_table_of_answers(kind, monkeypatch):
+    """Every case of the kind, the wrong ones by name; benchmarks/answers.py counts them."""
+    monkeypatch.setattr(math_worker, "DEADLINE", 30.0)
+    wrong = []
+    for row in TABLE:
+        if row["kind"] == kind:
+            gold = prepare_gold(row["gold"], kind, row["choices"])
+            verdict = check(row["completion"], gold, kind, row["choices"])
+            if verdict.correct != (row["expected"] and row["completion"] not in NOT_READ) or verdict.status == "error":
+                wrong.append((row["completion"], gold, row["why"], verdict))
+    assert not wrong
+
+
+def test_units_are_imported_only_where_a_unit_is_read():
+    program = (
+        "import sys\nfrom common.rewards.answers import check\n"
+        "for kind, text, gold in (('int', '12 apples', '12'), ('int', '12 cm', '12'), ('exact', 'red', 'red'), "
+        "('yesno', 'Yes.', 'yes'), ('math', '1/2', '0.5')):\n"
+        "    assert check(f'<answer>{text}</answer>', gold, kind).correct\n"
+        "assert 'pint' not in sys.modules and 'sympy' not in sys.modules\n"
+        "assert check('<answer>5 km</answer>', '5000 m', 'math').correct and 'pint' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])
+
+
 def test_statuses_say_why_an_answer_does_not_count():
     assert check("no answer at all", "12", "int").status == "no_answer"
     assert check("<think>cut off", "12", "int").status == "no_answer"
@@ -321,7 +355,9 @@ ATTACKS = [
     "9**9**9**9", r"9^{9^{9^{9}}}", r"(10^{10})!", "100000!", "((9!)!)!", r"\int_0^1 x dx", "1e999999999",
     "{" * 100_000, "(" * 100_000, r"\frac{" * 300, "$" * 5000, r"\boxed{" * 5000, "__import__('os').system('true')",
     "\x00", "\ud800", r"\left\{1,\right.", r"x_{" * 100, "[" * 59 + "1", r"\sqrt{" * 50 + "2" + "}" * 50,
-    r"\boxed{" * 4000 + "2" + "}" * 4000,
+    r"\boxed{" * 4000 + "2" + "}" * 4000, "1 km**9**9**9", "1 m^{9}^{9}", "1 m" * 600, "1 " + "kg m " * 400, "1 m/(" * 400,
+    "1 " + "a" * 2000, "1 __import__", "x < " * 500, "1 = " * 500, "x or " * 400, "1 hundred " * 200, "1e999 m", "1 m" + "²" * 300,
+    "1 eval('1') m", "1 µ" * 500, "1 \\begin{pmatrix}" + "1&" * 900, "1 ≈ " * 400, "not " * 500 + "1", "three " * 300,
 ]  # fmt: skip
 
 

@@ -321,8 +321,8 @@ def test_a_folder_without_a_split_says_what_is_missing_and_what_to_pass(tmp_path
     for split in ("train", "test"):
         write_jsonl(tmp_path, [{"question": "?", "answer": "1"}], f"{split}.jsonl")
     line = (
-        f"--data {tmp_path}: no validation.jsonl or validation.parquet beside test.jsonl, train.jsonl; add one, or name "
-        "a split that is there by --train-split, --eval-split or --test-split"
+        f"--data {tmp_path}: no validation.jsonl or validation.parquet beside test.jsonl, train.jsonl; add one, or "
+        "name a split that is there by --train-split, --eval-split or --test-split"
     )
     with pytest.raises(SystemExit) as error:
         load_examples(str(tmp_path), "validation")

@@ -14,7 +14,7 @@ from fractions import Fraction
 
 from common.rewards import reading
 from common.rewards.math_worker import WORKERS, same_expression
-from common.rewards.reading import RELATION, normalize, quantity, same_quantity, same_text, without_name
+from common.rewards.reading import RELATION, for_algebra, is_name, normalize, quantity, same_text, without_name
 
 KINDS = ("int", "math", "float3", "rounded", "relaxed", "letter", "letters", "choice", "time", "yesno", "exact")
 STATUSES = ("ok", "no_answer", "hedge", "unparsed", "too_long", "timeout", "error")
@@ -125,23 +125,16 @@ def extract(completion: str, answer_format: str = "auto") -> tuple[str | None, s
     if closed >= 0:
         start = lower.index(">", closed) + 1
         text, lower = text[start:], lower[start:]
-    if answer_format in ("tag", "auto"):
-        found = {opened_in_place(content) for content in tagged(text, lower)} - {""}
-        if len(found) > 1:
-            return None, "hedge"
+    if answer_format in ("tag", "auto"):  # a second opening marker starts the pair again
+        pairs = re.finditer(r"<answer>((?:(?!</?answer>).)*)</answer>", lower, re.DOTALL)
+        found = {opened_in_place(text[pair.start(1) : pair.end(1)]) for pair in pairs} - {""}
         if found:
-            return found.pop(), "ok"
+            return (found.pop(), "ok") if len(found) == 1 else (None, "hedge")
     if answer_format in ("boxed", "auto"):
-        answer = opened_boxes(text)
-        if answer:
+        contents = dict.fromkeys(unbox(text[begin:end]) for begin, end in last_boxes(text))
+        if answer := ", ".join(filter(None, contents)):
             return answer, "ok"
     return None, "no_answer"
-
-
-def opened_boxes(text: str) -> str:
-    """What stands in the last boxes of a text, different contents after commas; empty where there is none."""
-    contents = dict.fromkeys(unbox(content.strip()) for content in last_boxes(text))
-    return ", ".join(content for content in contents if content)
 
 
 def opened_in_place(text: str) -> str:
@@ -150,8 +143,8 @@ def opened_in_place(text: str) -> str:
     if not spans:
         return text.strip()
     before, after = text[: spans[0][0]], text[spans[-1][1] :]
-    if len(spans) == 1 and only_words(before) and only_words(after) and not reading.unit_of(" " + after.strip(" $.*")):
-        return unbox(text[spans[0][0] : spans[0][1]])
+    if len(spans) == 1 and only_words(before) and only_words(after) and not reading.unit_of(after.strip(" $.*")):
+        return unbox(text[slice(*spans[0])])
     start = spans[0][0] if only_words(before) else 0
     pieces = []
     for begin, end in spans:
@@ -168,20 +161,8 @@ def only_words(text: str) -> bool:
     )
 
 
-def tagged(text: str, lower: str) -> list[str]:
-    """What stands between <answer> and </answer>; a second opening marker starts the pair again."""
-    contents, start = [], None
-    for marker in re.finditer(r"</?answer>", lower):
-        if marker[0] == "<answer>":
-            start = marker.end()
-        elif start is not None:
-            contents.append(text[start : marker.start()])
-            start = None
-    return contents
-
-
 def box_spans(text: str) -> list[tuple[int, int]]:
-    """Where each \\boxed{...} begins and ends."""
+    """Where each \\boxed{...} begins and ends; one that is never closed is dropped, with everything after it."""
     boxes, position = [], 0
     while (begin := text.find("\\boxed{", position)) >= 0:
         depth = 0
@@ -190,36 +171,31 @@ def box_spans(text: str) -> list[tuple[int, int]]:
             if depth == 0 and brace[0] == "}":
                 break
         else:
-            break  # never closed: dropped, with everything after it
+            break
         position = begin + 6 + brace.end()
         boxes.append((begin, position))
     return boxes
 
 
-def last_boxes(text: str) -> list[str]:
-    """Contents of the last \\boxed{...} and of those before it that only an "or" or the like separates from it."""
+def last_boxes(text: str) -> list[tuple[int, int]]:
+    """The last \\boxed{...} and those before it that only an "or" or the like separates from it."""
     boxes = box_spans(text)
     joined = boxes[-1:]
     for box in reversed(boxes[:-1]):
         between = text[box[1] : joined[0][0]]
-        if len(between) > 40 or re.search(r"[.!?](\s|$)", between):
-            break
         words = re.sub(r"[\s$\\()\[\],;/.:*&]+", " ", between).lower().split()
-        if not set(words) <= _CONNECTIVES:
+        if len(between) > 40 or re.search(r"[.!?](\s|$)", between) or not set(words) <= _CONNECTIVES:
             break
         joined.insert(0, box)
-    return [text[begin + 7 : end - 1] for begin, end in joined]
+    return joined
 
 
 def unbox(answer: str) -> str:
     """An answer that is itself one \\boxed{...} is what stands in it."""
-    for _ in range(8):  # each time the whole text is read
-        if not (answer.startswith("\\boxed{") and answer.endswith("}")):
+    for _ in range(9):  # each time the whole text is read
+        if box_spans(answer) != [(0, len(answer))]:
             break
-        boxes = last_boxes(answer)
-        if len(boxes) != 1 or len(boxes[0]) != len(answer) - 8:
-            break
-        answer = boxes[0].strip()
+        answer = answer[7:-1].strip()
     return answer
 
 
@@ -243,7 +219,7 @@ def without_lead(text: str) -> str:
 
 def same_option(one: str, other: str) -> bool:
     numbers = quantity(one), quantity(other)
-    return same_text(one, other) or (all(numbers) and same_quantity(*numbers))
+    return same_text(one, other) or (all(numbers) and reading.same_quantity(*numbers))
 
 
 def by_letter(choices: Sequence[str] | None) -> dict[str, str]:
@@ -256,34 +232,28 @@ def letter(text: str, choices: Sequence[str] | None = None) -> str | None:
 
     Behind the letter the text may be put otherwise, but not be another option's, and no second letter may follow.
     """
-    options = by_letter(choices)
-    spoken = without_lead(text)
-    match = re.fullmatch(r"[\"'`*_(\[{\\]{0,3}([a-zA-Z])[\"'`*_)\]}\\]{0,3}[.:,;]?", spoken)
-    if match:
+    options, spoken = by_letter(choices), without_lead(text)
+    if match := re.fullmatch(r"[\"'`*_(\[{\\]{0,3}([a-zA-Z])[\"'`*_)\]}\\]{0,3}[.:,;]?", spoken):
         return match[1].upper()
     for same in (same_text, same_option):
         named = [name for name, o in options.items() if same(o, text) or same(o, without_name(spoken))]
         if len(named) == 1:
             return named[0]
-    match = re.fullmatch(r"([A-Z])(?: ?[-,] | )(.+)", spoken)
-    if match:  # without a mark behind the letter only with that option's own text, as `B 12 cm` or `B (12 cm)`
-        rest = match[2][1:-1] if match[2].startswith("(") and match[2].endswith(")") else match[2]
-        named = [name for name, option in options.items() if same_option(option, rest)]
-        return match[1] if named == [match[1]] else None
-    match = re.fullmatch(r"(?:\(([a-z])\)[.:]?|([a-z])[.:)]) ?(.+)", spoken, re.IGNORECASE)
+    # An A before other words is an article: without a mark behind it only with that option's text, as `B 12 cm`.
+    match = re.fullmatch(r"(?:(?i:\(([a-z])\)[.:]?|([a-z])[.:)]) ?|([A-Z])(?: ?[-,] | ))(.+)", spoken)
     if not match:
-        return None  # an A before other words is an article, not an answer
-    name, rest = match[1] or match[2], match[3]
-    own = options.pop(name.upper(), None)
-    if own is not None and same_text(own, rest):
-        return name.upper()
-    if (choices and own is None) or any(
-        same_option(other, without_name(part.strip()))  # `B. 60 or 75`
-        for part in re.split(r"[,;]| or | and ", rest)
-        for other in options.values()
-    ):
         return None
-    return None if _OTHER_LETTER.search(rest if name.isupper() else rest.upper()) else name.upper()
+    name, rest = (match[1] or match[2] or match[3]).upper(), match[4]
+    if match[3]:
+        rest = rest[1:-1] if rest.startswith("(") and rest.endswith(")") else rest
+        return name if [other for other, option in options.items() if same_option(option, rest)] == [name] else None
+    own = options.pop(name, None)
+    if own is not None and same_text(own, rest):
+        return name
+    parts = [without_name(part.strip()) for part in re.split(r"[,;]| or | and ", rest)]  # `B. 60 or 75`
+    if (choices and own is None) or any(same_option(option, part) for part in parts for option in options.values()):
+        return None
+    return None if _OTHER_LETTER.search(rest if spoken.strip("(")[0].isupper() else rest.upper()) else name
 
 
 def letters(text: str, _choices=None) -> frozenset[str] | None:
@@ -292,7 +262,7 @@ def letters(text: str, _choices=None) -> frozenset[str] | None:
     parts = list(spoken) if re.fullmatch(r"[A-H]{2,8}", spoken) else re.split(r"[,;&{}\[\]\\\s]+|and", spoken)
     found = [re.fullmatch(r"\(?([A-Za-z])\)?\.?", part) for part in parts if part]
     if found and all(found):
-        return frozenset(m[1].upper() for m in found)
+        return frozenset(match[1].upper() for match in found)
     one = letter(text)
     return frozenset(one) if one else None
 
@@ -308,7 +278,7 @@ def yes_or_no(text: str, _choices=None) -> str | None:
     return found
 
 
-def real(text: str, _choices=None):
+def real(text: str, _choices=None) -> reading.Quantity | None:
     """The one number of a text, with its unit."""
     return quantity(without_name(without_lead(text)))
 
@@ -329,20 +299,13 @@ READERS = {
 
 def compare(answer: str, gold: str, kind: str, choices: Sequence[str] | None = None) -> tuple[bool, str]:
     """Whether two normalized answers agree as answers of that kind, and the status."""
+    if kind not in KINDS:
+        return False, "error"
     if kind == "math":
         return same_math(answer, gold)
     if kind == "exact":
-        plain = [text.casefold().strip("\"'`*_") for text in (gold, answer, without_lead(answer))]
-        return plain[0] in plain[1:], "ok"
-    if kind in ("float3", "rounded", "relaxed"):
-        found, target = real(answer), real(gold)
-        if kind == "relaxed" and (found is None or target is None or not target[0]):
-            return same_text(answer, gold), "ok"
-        if found is None or target is None:
-            return False, "unparsed"
-        within = {"float3": Fraction(1, 1000), "relaxed": abs(target[0]) / 20}
-        within = within.get(kind, reading.half_a_place(gold))  # to the decimals that the gold answer is written with
-        return any(abs(value - target[0]) <= within for value in reading.in_unit_of(found, target)), "ok"
+        wanted, *found = (text.casefold().strip("\"'`*_") for text in (gold, answer, without_lead(answer)))
+        return wanted in found, "ok"
     if kind == "choice":
         found, options = letter(answer, choices), by_letter(choices)
         # Options may be letters or numbers themselves: their text goes before their place.
@@ -350,11 +313,16 @@ def compare(answer: str, gold: str, kind: str, choices: Sequence[str] | None = N
             if any(same_text(option, said) for option in options.values()):
                 return same_text(said, gold), "ok"
         return same_text(options.get(found, ""), gold), "ok" if found else "unparsed"
-    if kind not in READERS:
-        return False, "error"
-    found, target = READERS[kind](answer, choices), READERS[kind](gold, choices)
+    read = READERS.get(kind, real)
+    found, target = read(answer, choices), read(gold, choices)
+    if kind == "relaxed" and not (found and target and target[0]):
+        return same_text(answer, gold), "ok"
     if found is None or target is None:
         return False, "unparsed"
+    if read is real:
+        within = {"float3": Fraction(1, 1000), "relaxed": abs(target[0]) / 20}
+        within = within.get(kind, reading.half_a_place(gold))  # to the decimals that the gold answer is written with
+        return any(abs(value - target[0]) <= within for value in reading.in_unit_of(found, target)), "ok"
     if kind == "time":  # where both say which half of the day it is, the same
         halves = [re.findall(r"\b([ap])\.?m\b", text.lower()) for text in (answer, gold)]
         return found == target and (not all(halves) or halves[0] == halves[1]), "ok"
@@ -370,34 +338,28 @@ def same_math(answer: str, gold: str, depth: int = 0) -> tuple[bool, str]:
     answer = reading.relations_as_signs(without_lead(answer))
     if gold.startswith("("):  # `P(3, 2)`
         answer = re.sub(r"^[A-Z]'{0,2} ?(?=\()", "", answer)
-    if answer.count("=") == gold.count("=") == 1 and "," not in as_list(answer):
+    exact, about, rounded = (part.strip() for part in answer.partition(r"\approx"))
+    if about and exact and not is_name(exact):
+        return same_about(exact, rounded, gold, depth)
+    listed = "," in as_list(answer)
+    if "=" in gold and "=" in answer and not listed:
         names = [text.split("=")[0].strip() for text in (answer, gold)]
-        if not all(map(reading.is_name, names)) or (len(names[0]) == len(names[1]) == 1 and names[0] != names[1]):
-            return same_expression(answer, gold)
-    if r"\approx" in answer and (sides := answer.split(r"\approx"))[0].strip() and len(sides) == 2:
-        return same_about(*map(str.strip, sides), gold, depth)
-    if answer.count("=") < 2:
-        answer = without_name(answer)
-    elif "," not in as_list(answer):  # every side of `x = 5 + 7 = 12`
-        sides = [side.strip() for side in answer.split("=") if not reading.is_name(side.strip())]
-        return bool(sides) and all(same_math(side, gold, depth)[0] for side in sides), "ok"
-    if gold.count("=") < 2:
-        gold = without_name(gold)
-    if answer.count("=") == 1 and "=" not in gold and "," not in answer:
-        return all(same_math(side.strip(), gold, depth)[0] for side in answer.split("=")), "ok"
+        if not all(map(is_name, names)) or (len(names[0]) == len(names[1]) == 1 and names[0] != names[1]):
+            return same_expression(answer, gold)  # equations
+    if "=" in answer and not listed and len(sides := reading.values(answer)) > 1:  # `x = 5 + 7 = 12`
+        return all(same_math(side, gold, depth)[0] for side in sides), "ok"
+    answer, gold = (without_name(text) if text.count("=") < 2 else text for text in (answer, gold))
     related = [RELATION.search(text) is not None for text in (answer, gold)]
     if any(related):
         intervals = [reading.as_interval(t) if r else t for t, r in zip((answer, gold), related, strict=True)]
         if all(intervals):
             return same_math(*intervals, depth)
         return same_expression(answer, gold) if all(related) else (False, "ok")
-    if same_text(answer, gold):
-        return True, "ok"
-    value, target = quantity(answer), quantity(gold)
-    if value and target:
-        return same_quantity(value, target), "ok"
+    numbers = quantity(answer), quantity(gold)
+    if all(numbers):
+        return reading.same_quantity(*numbers), "ok"
     if all(re.fullmatch(r"[A-Za-z ]{3,}", text) for text in (answer, gold)):
-        return False, "ok"  # words, or letters in order, which algebra would take for products
+        return same_text(answer, gold), "ok"  # words, or letters in order, which algebra would take for products
     (answer, unit), (gold, gold_unit) = reading.without_unit(answer), reading.without_unit(gold)
     if unit and gold_unit and unit[1:] != gold_unit[1:]:
         return False, "ok"
@@ -405,32 +367,28 @@ def same_math(answer: str, gold: str, depth: int = 0) -> tuple[bool, str]:
     if (parts or gold_parts) and depth < 3:
         if parts and not parts[0] and not gold_parts and " or " in answer:  # `5/2 or 2.5`
             return all(same_math(part, gold, depth + 1)[0] for part in parts[1]), "ok"
-        if not parts or not gold_parts or len(parts[1]) != len(gold_parts[1]):
-            return False, "ok"
-        return same_elements(parts, gold_parts, depth + 1), "ok"
-    return same_expression(*(reading.for_algebra(text) for text in (answer, gold)))
+        return bool(parts and gold_parts) and same_elements(parts, gold_parts, depth + 1), "ok"
+    return (True, "ok") if same_text(answer, gold) else same_expression(for_algebra(answer), for_algebra(gold))
 
 
-def same_about(exact: str, about: str, gold: str, depth: int) -> tuple[bool, str]:
+def same_about(exact: str, rounded: str, gold: str, depth: int) -> tuple[bool, str]:
     """`\\sqrt{2} \\approx 1.41` as either of its sides, where one is the other rounded."""
-    if reading.is_name(exact):
-        return same_math(about, gold, depth)
-    numbers = quantity(exact), quantity(about)
+    numbers = quantity(exact), quantity(rounded)
     if all(numbers) and abs(numbers[0][0] - numbers[1][0]) > abs(numbers[0][0]) / 100:
-        return False, "ok"  # `12 \\approx 13`
+        return False, "ok"  # `12 \approx 13`
     if same_math(exact, gold, depth)[0]:
         return True, "ok"
-    right, status = same_math(about, gold, depth)
-    digits = len(about.partition(".")[2])
-    return right and same_expression(*map(reading.for_algebra, (exact, about)), digits=digits)[0], status
+    right, status = same_math(rounded, gold, depth)
+    digits = len(rounded.partition(".")[2])
+    return right and same_expression(for_algebra(exact), for_algebra(rounded), digits)[0], status
 
 
 def as_list(text: str) -> str:
     """`3 and 5`, `3; 5` and `3 or 5` as `3, 5`, `a \\pm b` as `a + b, a - b`, a matrix as a list of its rows."""
     matrix = re.fullmatch(r"[\[(]? ?\\begin ?\{([pb]?matrix|array)\} ?(?:\{[clr| ]+\})?(.*)\\end ?\{\1\} ?[\])]?", text)
     if matrix and "\\end" not in matrix[2]:
-        rows = [row.replace("&", ",") for row in matrix[2].split(r"\\") if row.strip()]
-        return f"[{', '.join(f'[{row.strip()}]' for row in rows)}]"
+        rows = [row.replace("&", ",") for row in matrix[2].split("\\\\") if row.strip()]
+        return f"[[{'], ['.join(rows)}]]"
     if text.count(r"\pm") == 1 and "," not in text:
         plus, minus = (text.replace(r"\pm", sign).strip() for sign in "+-")
         text = f"{plus.removeprefix('+')}, {minus}"
@@ -438,24 +396,24 @@ def as_list(text: str) -> str:
 
 
 def elements(text: str) -> tuple[str, list[str]] | None:
-    """The brackets around a list (`()`, `[)`, `{}`, `\\cup` or none) and what stands between its outer commas."""
+    """The brackets around a list (`()`, `[)`, `{}` or none) and what stands between its outer commas, or unions."""
     brackets, inner, comma = "", text, ","
     for opening, closing in (("\\{", "\\}"), ("{", "}"), ("(", ")"), ("(", "]"), ("[", ")"), ("[", "]")):
-        if len(text) > 2 and text.startswith(opening) and text.endswith(closing) and r"\cup" not in text:
+        if len(text) > 2 and text.startswith(opening) and text.endswith(closing):
             brackets, inner = opening[-1] + closing[-1], text[len(opening) : -len(closing)]
             break
     if r"\cup" in text:
         brackets, inner, comma = "{}", text.replace(r"\cup", "\0"), "\0"
-    parts, depth, start = [], 0, 0
-    for place, char in enumerate(inner):
+    parts, depth = [""], 0
+    for char in inner:
         depth += (char in "([{") - (char in ")]}")
         if depth < 0:
             return None
         if char == comma and depth == 0:
-            parts.append(inner[start:place].strip())
-            start = place + 1
-    parts.append(inner[start:].strip())
-    parts = [part for part in parts if part]
+            parts.append("")
+        else:
+            parts[-1] += char
+    parts = [part.strip() for part in parts if part.strip()]
     if depth or (len(parts) == 1 and brackets not in ("{}", "[]")) or not 0 < len(parts) <= 32:
         return None
     return brackets, parts
@@ -470,7 +428,8 @@ def by_name(parts: list[str]) -> dict[str, str] | None:
 
 def same_elements(one: tuple[str, list[str]], gold: tuple[str, list[str]], depth: int) -> bool:
     (brackets, parts), (gold_brackets, targets) = one, gold
-    if brackets != gold_brackets and ((brackets and gold_brackets) or gold_brackets in ("[)", "(]")):
+    either = not (brackets and gold_brackets) and gold_brackets not in ("[)", "(]")
+    if len(parts) != len(targets) or (brackets != gold_brackets and not either):
         return False
     named, gold_named = by_name(parts), by_name(targets)
     if named and gold_named:
@@ -478,12 +437,12 @@ def same_elements(one: tuple[str, list[str]], gold: tuple[str, list[str]], depth
     ordered = bool(gold_brackets or gold_named) and gold_brackets != "{}"
     if ordered and named and named.keys() <= set("xyz"):
         parts = [named[name] for name in sorted(named)]
+    if ordered:
+        return all(same_math(*pair, depth)[0] for pair in zip(parts, targets, strict=True))
     left = list(targets)
-    for i, part in enumerate(parts):
-        for target in [targets[i]] if ordered else left:
-            if same_math(part, target, depth)[0]:
-                left.remove(target)
-                break
-        else:
+    for part in parts:
+        match = next((target for target in left if same_math(part, target, depth)[0]), None)
+        if match is None:
             return False
+        left.remove(match)
     return True

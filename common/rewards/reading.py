@@ -1,7 +1,7 @@
 """Numbers, units, relations and clock times as models write them: one spelling for each, and readers of their values.
 
 Values are exact fractions, nothing is computed, and each reader takes time linear in its text. Units are pint's, which
-is imported when the first one is read; it is asked for single names, never for expressions.
+is imported when the first one is read and is only handed products of names that it knows.
 """
 
 import re
@@ -15,13 +15,14 @@ LONGEST_NUMBER = 200  # characters of a number and its unit
 
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _SIGNS = str.maketrans({
-    "−": "-", "–": "-", "⁄": "/", "÷": "/", "∶": ":", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ",
+    "−": "-", "–": "-", "⁄": "/", "÷": "/", "∕": "/", "∶": ":", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ",
     "π": r"\pi ", "∞": r"\infty ", "±": r"\pm ", "≈": r"\approx ", "√": " sqrt", "≤": r"\le ", "≥": r"\ge ",
     "≠": r"\neq ", "∈": r"\in ", "∪": r"\cup ", "∅": r"\emptyset ", "∠": r"\angle ",
 })  # fmt: skip
 _TEXT = r"text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt)|operatorname|mbox|emph|boldsymbol|underline|fbox"
-_SPELLINGS = [  # in this order; a backslash before a backslash is the end of a matrix's row
-    (r"(?<!\\)\\!|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])", ""),
+_SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
+    # In this order. A backslash behind a backslash is not a command's but ends a matrix's row.
+    (r"(?<!\\)\\!|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|\\\\ ?$", ""),
     (r"(?<!\\)\\(?:[,;:> ()\[\]]|q?quad(?![a-zA-Z]))|[~$]", " "),
     (r"\\%", "%"),
     (r"\{,\}", ","),
@@ -34,12 +35,12 @@ _SPELLINGS = [  # in this order; a backslash before a backslash is the end of a 
     (r"\\ne(?![a-zA-Z])|!=|\\not ?=", r"\\neq "),
     (r"\\lt(?![a-zA-Z])", "<"),
     (r"\\gt(?![a-zA-Z])", ">"),
-    (r"\\\\ ?$", ""),
+    (r"\\lbrace(?![a-zA-Z])", r"\\{"),
+    (r"\\rbrace(?![a-zA-Z])", r"\\}"),
     (r"^\{([^{},]*)\}$", r"\1"),
-    (r"\\([lr])brace(?![a-zA-Z])", lambda m: {"l": r"\{", "r": r"\}"}[m[1]]),
     (r"\\varnothing|\\\{ ?\\\}", r"\\emptyset"),
     (r"\\(?:[dtc]|nice|s)frac(?![a-zA-Z])", r"\\frac"),
-    (r"\\over(?:line|rightarrow) ?\{ ?([A-Z] ?[A-Z]) ?\}", r"\1"),  # a segment by its ends; digits repeat under a line
+    (r"\\over(?:line|rightarrow) ?\{ ?([A-Z] ?[A-Z]) ?\}", r"\1"),  # a segment; over digits the line says repeat
     (r"\bper cent\b", "percent"),
     (r"(?<=[\w)}])\*\*(?=[-+\w({])", "^"),  # a power; elsewhere emphasis
     (r"\*\*", ""),
@@ -48,15 +49,14 @@ _SPELLINGS = [  # in this order; a backslash before a backslash is the end of a 
     (r"(?<![\w.^/)\]}])(\d+) ?/ ?(\d+)(?= ?\\[a-z])", r"\\frac{\1}{\2}"),
     (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
     (r"(?<![\\a-zA-Z])sqrt ?(?:\(([^(){}]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|[a-zA-Z](?![a-zA-Z])))", r"\\sqrt{\1\2\3}"),
-]
-_SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in _SPELLINGS]
+)]  # fmt: skip
 
 
 @lru_cache(maxsize=10_000)
 def normalize(answer: str) -> str:
     """One spelling for what means the same: Unicode digits and signs, LaTeX spacing and commands, powers, degrees.
 
-    Blanks stay, one at a time, since `1 2` is not `12`. A dollar sign that is no mathematics becomes `＄`.
+    Single blanks stay, since `1 2` is not `12`. A dollar sign that is no mathematics becomes `＄`.
     """
     # Before NFKC, which would turn 10 squared into 102 and three and a half into 31/2.
     answer = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", answer).replace("º", "°")
@@ -67,12 +67,10 @@ def normalize(answer: str) -> str:
     answer = "".join(
         str(unicodedata.decimal(c)) if c.isdecimal() else c for c in answer if unicodedata.category(c) != "Cf"
     )
-    if not answer.isalnum():
-        answer = answer.replace("\\$", "＄")
-        answer = answer.replace("$", "＄") if answer.count("$") == 1 else answer
-        if answer.startswith("**"):
-            answer = answer.replace("**", "")
-    for pattern, spelling in _SPELLINGS:
+    answer = answer.replace("\\$", "＄")
+    answer = answer.replace("$", "＄") if answer.count("$") == 1 else answer
+    answer = answer.replace("**", "") if answer.startswith("**") else answer
+    for pattern, spelling in () if answer.isdecimal() else _SPELLINGS:
         answer = pattern.sub(spelling, answer)
     answer = " ".join(answer.split())
     return answer.removesuffix(".").strip() if answer != "." else ""
@@ -80,11 +78,14 @@ def normalize(answer: str) -> str:
 
 def same_text(one: str, other: str) -> bool:
     """Equal but for case and for blanks that separate nothing: between two digits they do."""
-    return _tight(one) == _tight(other)
+    one, other = (re.sub(r"(?<![\d.]) | (?![\d.])", "", " ".join(text.casefold().split())) for text in (one, other))
+    return one == other
 
 
-def _tight(text: str) -> str:
-    return re.sub(r"(?<![\d.]) | (?![\d.])", "", " ".join(text.casefold().split()))
+def for_algebra(text: str) -> str:
+    """As a computer algebra system reads it: degrees behind a sine as radians, elsewhere dropped, no currencies."""
+    text = re.sub(r"(\\?(?:sin|cos|tan)) ?\(?(\d+)°\)?", r"\1{\\frac{\2\\pi}{180}}", text)
+    return re.sub(f"°|{_CURRENCY}", "", text)
 
 
 # ------------------------------------------------------------------------------------------------- numbers
@@ -99,40 +100,37 @@ _FRACTION = re.compile(
     rf"|(?:(\d+) (?:and )?)?({DECIMAL}) ?/ ?({DECIMAL}))"
 )
 _REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\overline ?\{ ?(\d+) ?\}")
-_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
-_ONES += "seventeen eighteen nineteen".split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-_WORDS = {word: n for n, word in enumerate(_ONES)} | {word: 10 * n for n, word in enumerate(_TENS, 2)}
-_WORDS |= {f"{tens}{mark}{one}": _WORDS[tens] + _WORDS[one] for tens in _TENS for one in _ONES[1:10] for mark in " -"}
-WORD = "|".join(sorted(_WORDS, key=len, reverse=True))
-_SPELLED = re.compile(rf"(?:(minus|negative) )?({WORD})(?: (hundred)(?: (?:and )?({WORD}))?)?(?![\w-])", re.IGNORECASE)
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+).split()
+_TENS = dict(zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10), strict=True))
+_WORDS = {word: n for n, word in enumerate(_ONES)} | _TENS
+_WORDS |= {f"{ten}{mark}{_ONES[n]}": _TENS[ten] + n for ten in _TENS for n in range(1, 10) for mark in " -"}
+_WORD = "|".join(sorted(_WORDS, key=len, reverse=True))
+_SPELLED = re.compile(rf"(minus |negative )?({_WORD})(?: (hundred)(?: (?:and )?({_WORD}))?)?(?![\w-])", re.IGNORECASE)
 _MULTIPLIERS = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 # Words beside a number that make another one of it, or none.
-_CHANGE = re.compile(
+CHANGE = re.compile(
     r"\b(?:not|nor|than|least|most|up to|over|under|above|below|between|half|twice|double|dozens?|squared|cubed|plus|"
     rf"minus|times(?! ?$)|divided|negative|except|or|{'|'.join(_MULTIPLIERS)})\b",
     re.IGNORECASE,
 )
 
 
-def word_to_int(word: str) -> int | None:
-    """`12` and `twelve`."""
-    return int(word) if word.isdecimal() else _WORDS.get(word.lower())
-
-
 def leading_number(text: str) -> tuple[Fraction, str] | None:
     """The literal number at the start of a text (decimal, power of ten, fraction, mixed, in words) and the rest."""
     if match := _REPEATING.match(text):
         sign, whole, first, again = match.groups()
-        value = Fraction(int(whole + first + again or 0) - int(whole + first or 0), (10 ** len(again) - 1))
-        value /= 10 ** len(first)
+        value = Fraction(
+            int(whole + first + again) - int(whole + first or 0), (10 ** len(again) - 1) * 10 ** len(first)
+        )
     elif match := _FRACTION.match(text):
         sign, *parts = match.groups()
-        whole = parts[0] or parts[5]
         top, bottom = (_decimal(part) for part in (*parts[1:5], *parts[6:]) if part is not None)
         if not bottom:
             return None
-        value = int(whole or 0) + top / bottom
+        value = int(parts[0] or parts[5] or 0) + top / bottom
     elif match := _PLAIN.match(text):
         sign, alone, digits, exponent, power = match.groups()
         value = _decimal(digits or "1") * Fraction(10) ** int(alone or exponent or power or 0)
@@ -141,7 +139,10 @@ def leading_number(text: str) -> tuple[Fraction, str] | None:
         value = Fraction(_WORDS[first.lower()] * (100 if hundred else 1) + (_WORDS[more.lower()] if more else 0))
     else:
         return None
-    return (-value if sign and sign != "+" else value), text[match.end() :]
+    rest = text[match.end() :]
+    while (match := re.match(r" ?([a-z]+)\b", rest, re.IGNORECASE)) and match[1].lower() in _MULTIPLIERS:
+        value, rest = value * _MULTIPLIERS[match[1].lower()], rest[match.end() :]
+    return (-value if sign and sign != "+" else value), rest
 
 
 def _decimal(text: str) -> Fraction:
@@ -149,39 +150,29 @@ def _decimal(text: str) -> Fraction:
 
 
 def number(text: str) -> Fraction | None:
-    """A literal number: a decimal, a fraction, or a mixed number. Nothing is computed."""
-    found = leading_number(text) if len(text) <= LONGEST_NUMBER else None
-    return found[0] if found and not found[1] and not _SPELLED.match(text) else None
+    """A literal number in digits: a decimal, a fraction, or a mixed number. Nothing is computed."""
+    found = leading_number(text) if len(text) <= LONGEST_NUMBER and not _SPELLED.match(text) else None
+    return found[0] if found and not found[1] else None
 
 
 def integer(text: str) -> int | None:
     """The one whole number that a text states: a literal, or a sentence with a single number and no operator."""
     text = re.sub(rf"(?<=[a-zA-Z])(?:\^\{{[23]\}}|[23]\b)|(?<=\d) ?°[CF]?|{_CURRENCY}", "", without_name(text))
-    value = number(text) if "/" not in text and "\\frac" not in text else None
-    if value is None and (found := _SPELLED.match(text) and leading_number(text)) and not re.search(r"\d", found[1]):
-        value = times_words(*found)[0] if not _CHANGE.search(times_words(*found)[1]) else None
-    elif value is None:
-        literal = re.search(rf"(?<![\w.,])-?{DECIMAL}", text)
-        rest = text[literal.end() :] if literal else ""
-        if not literal or re.search(r"\d", text[: literal.start()]):
-            return None
-        value, rest = times_words(_decimal(literal[0]), rest)
-        glued = re.match(r"[^\W\d_]+", rest)
-        if (
-            re.search(r"\d|[+*^=\\\[\]{}<>!]| - |^ ?/|/ ?$", rest)
-            or re.search(r"[+*/^=\\\[\]{}<>!]| - ", text[: literal.start()])
-            or _CHANGE.search(text[: literal.start()] + " " + rest)
-            or (glued and len(glued[0]) < 3 and not is_symbol(glued[0]))  # 2a and 4n are algebra
-        ):
-            return None
-    return int(value) if value is not None and value.denominator == 1 else None
-
-
-def times_words(value: Fraction, rest: str) -> tuple[Fraction, str]:
-    """`5` and ` million people` as 5,000,000 and ` people`."""
-    while (match := re.match(r" ?([a-z]+)\b", rest, re.IGNORECASE)) and match[1].lower() in _MULTIPLIERS:
-        value, rest = value * _MULTIPLIERS[match[1].lower()], rest[match.end() :]
-    return value, rest
+    start = (
+        re.search(rf"^[+-] ?{DECIMAL}|(?<![\w.,])-?{DECIMAL}", text) if re.search(r"\d", text) else _SPELLED.match(text)
+    )
+    if start is None or len(text[start.start() :]) > 10 * LONGEST_NUMBER or _FRACTION.match(text):
+        return None
+    before, (value, rest) = text[: start.start()], leading_number(text[start.start() :])
+    glued = re.match(r"[^\W\d_]+", rest)
+    if (
+        re.search(r"\d|[+*/^=\\\[\]{}<>!]| - ", before)
+        or re.search(r"\d|[+*^=\\\[\]{}<>!]| - |^ ?/|/ ?$", rest)
+        or CHANGE.search(f"{before} {rest}")
+        or (glued and len(glued[0]) < 3 and not is_symbol(glued[0]))  # 2a and 4n are algebra
+    ):
+        return None
+    return int(value) if value.denominator == 1 else None
 
 
 # ------------------------------------------------------------------------------------------------- units
@@ -189,13 +180,13 @@ def times_words(value: Fraction, rest: str) -> tuple[Fraction, str]:
 # Abbreviations that count as units behind a number; what they are is pint's to say. Others are algebra, as 2a and 3xy.
 _SI = set("m g s A K L l N J W V C F T Ω ohm Pa Hz eV cal bar mol Wh".split())
 _SYMBOLS = _SI | set(
-    "h hr hrs min mins sec secs day atm rad deg in ft yd yds mi lb lbs kgs oz gal mph kph rpm ha USD EUR GBP".split()
+    "h hr hrs min mins sec secs day atm rad deg in ft yd yds mi lb lbs oz gal mph kph rpm ha USD EUR GBP".split()
 )
-_PREFIXES = tuple("kMGTmµμnpcd")
+_SPECIAL = {"°": "degree", "%": "percent", "°c": "degree_Celsius", "°f": "degree_Fahrenheit", "kgs": "kg"}
 _CURRENCIES = {"＄": "dollar", "€": "euro", "£": "sterling", "¥": "yen", "₹": "rupee"}
 _CURRENCY = f"[{''.join(_CURRENCIES)}]"
 _UNIT = re.compile(
-    r" ?(/|\\cdot|\*|per\b)? ?(?:(square|sq\.?|cubic|cu\.?) )?(°(?:[Cc]elsius|[Ff]ahrenheit|[CF])|[^\W\d_]+|[%°])\.?"
+    r" ?(/|\\cdot|\*|per\b)? ?(?:(square|sq\.?|cubic|cu\.?) )?(°(?:[Cc]elsius|[Ff]ahrenheit|[CF])|[^\W\d_]+|[%°€])\.?"
     r"(?: ?\^ ?\{([+-]?\d)\}|([23])\b| (squared|cubed)\b)?"
 )
 # A bare degree or letter behind a number may mean a temperature's.
@@ -203,7 +194,7 @@ _TEMPERATURES = {"degree_Celsius": ("degree", "coulomb"), "degree_Fahrenheit": (
 
 
 def is_symbol(name: str) -> bool:
-    return name in _SYMBOLS or (len(name) > 1 and name[0] in _PREFIXES and name[1:] in (_SI | {"B"}))
+    return name in _SYMBOLS or (name[0] in "kMGTmμnpcd" and name[1:] in (_SI | {"B"}))
 
 
 @cache
@@ -211,109 +202,93 @@ def registry():
     import pint
 
     units = pint.UnitRegistry()
-    for line in ("dollar = [dollar] = USD", "cent = dollar / 100", "euro = [euro] = EUR", "yen = [yen] = JPY",
+    for line in ("dollar = [dollar] = USD", "cent = dollar / 100", "euro = [euro] = EUR = €", "yen = [yen] = JPY",
                  "sterling = [sterling] = GBP", "rupee = [rupee] = INR", "unit = [unit]"):  # fmt: skip
         units.define(line)
     return units
 
 
+def unit_name(word: str) -> str | None:
+    """Pint's name of a unit: an abbreviation of those above, or a word with its prefix in full (`cats` is none)."""
+    for name in (word, word.lower()):
+        name = _SPECIAL.get(name[:2] if name[0] == "°" else name, name)
+        found = registry().parse_unit_name(name) if is_symbol(name) or len(name) > 3 or name == "€" else ()
+        for prefix, unit, _ in found:
+            if is_symbol(name) or name.startswith(prefix):
+                return prefix + unit
+    return "percent" if word == "%" else "degree" if word == "°" else None
+
+
 @lru_cache(maxsize=10_000)
-def unit_named(name: str) -> tuple[str, float, dict[str, int]] | None:
-    """Pint's name of a unit, and how many of which base units it is; None where the text names no unit."""
-    if name[0] in "°%":
-        name = {"°": "degree", "%": "percent"}.get(
-            name
-        ) or f"degree_{ {'c': 'Celsius', 'f': 'Fahrenheit'}[name[1].lower()] }"
-    elif not is_symbol(name):
-        name = name if len(name) > 3 else name.lower()
-        if is_symbol(name):
-            pass
-        elif len(name) < 4 or not any(
-            not prefix or name.lower().startswith(prefix) for prefix, *_ in registry().parse_unit_name(name.lower())
-        ):
-            return None
-        else:
-            name = name.lower()
-    name = "kilogram" if name == "kgs" else name
-    _, unit, _ = registry().parse_unit_name(name)[0]
-    if unit in (*_TEMPERATURES, "percent"):
-        return unit, 1.0, {unit: 1}
-    scale, base = registry().get_root_units(name)
-    return unit, float(scale), {str(part): int(power) for part, power in base._units.items()}
-
-
-def unit_of(text: str) -> tuple[str, float, dict[str, int]] | None:
-    """What a unit behind a number is: its name (if it is a single one), scale, and base units with their powers.
+def unit_of(text: str) -> tuple[str, float, str] | None:
+    """What a unit behind a number is: its name (of a single one), its scale, and the base units that it measures.
 
     `cm^2`, `square meters`, `km/h`, `meters per second`, `m s^{-2}`, `J/(kg K)`; None where it is not one.
     """
-    if len(text) > LONGEST_NUMBER:
-        return None
     text = re.sub(r"\\frac ?\{([^{}]+)\} ?\{([^{}]+)\}", r"\1/\2", text.strip())
-    text = re.sub(r"\\mu ?", "μ", text.replace("\\Omega", "Ω"))
     text = re.sub(r"/ ?\(([^()]*)\)", lambda m: "/" + re.sub(r" ?(?:\\cdot|\*| ) ?", "/", m[1].strip()), text)
-    names, total, dimensions, place = [], 1.0, {}, 0
-    while place < len(text):
+    text = re.sub(r"\\mu ?", "μ", text.replace("\\Omega", "Ω"))
+    factors, place = [], 0
+    while place < len(text) <= LONGEST_NUMBER:
         match = _UNIT.match(text, place)
-        if not match or (match[1] and not names):
+        if not match or (match[1] and not factors) or (name := unit_name(match[3])) is None:
             return None
-        over, power, word, exponent, *spoken = match.groups()
-        named = unit_named(word)
-        if named is None:
-            return None
-        exponent = int(exponent or spoken[0] or {"s": 2, "c": 3}.get((power or spoken[1] or " ")[0].lower(), 1))
-        exponent = -exponent if over in ("/", "per") else exponent
-        names.append(named[0] if exponent == 1 else "")
-        total *= named[1] ** exponent
-        for base, count in named[2].items():
-            dimensions[base] = dimensions.get(base, 0) + count * exponent
+        power = match[4] or match[5] or {"s": 2, "c": 3}.get((match[2] or match[6] or " ")[0].lower(), 1)
+        factors.append((name, -int(power) if match[1] in ("/", "per") else int(power)))
         place = match.end()
-    if not names:
+    if not factors or place < len(text):
         return None
-    return names[0] if len(names) == 1 else "", total, {base: count for base, count in dimensions.items() if count}
+    single = factors[0][0] if len(factors) == 1 and factors[0][1] == 1 else ""
+    if single in (*_TEMPERATURES, "percent"):
+        return single, 1.0, single
+    scale, base = registry().get_root_units(" * ".join(f"{name} ** {power}" for name, power in factors))
+    return single, float(scale), str(base)
 
 
 # ------------------------------------------------------------------------------------------------- quantities
 
+Quantity = tuple[Fraction, tuple[str, float, str] | None]  # a number and its unit
 
-def quantity(text: str):
-    """A literal number and its unit (None: none, or counted things as in `12 people`)."""
+
+def quantity(text: str) -> Quantity | None:
+    """A literal number and its unit (None: no unit, or counted things as in `12 people`)."""
     if len(text) > LONGEST_NUMBER:
         return None
-    unit, sign = None, re.match(rf"([+-]?) ?({_CURRENCY})", text)
-    if sign:
-        unit, text = _CURRENCIES[sign[2]], sign[1] + text[sign.end() :].strip()
+    unit, money = None, re.match(rf"([+-]?) ?({_CURRENCY}) ?", text)
+    if money:
+        unit, text = unit_of(_CURRENCIES[money[2]]), money[1] + text[money.end() :]
     found = leading_number(text)
-    if found is None:
-        return None
-    value, rest = times_words(*found)
-    if not rest.strip():
-        return value, unit_of(unit) if unit else None
-    if unit or (re.match(r"[a-zA-Z]", rest) and _CHANGE.search(rest)):
+    if found is None or not found[1].strip():
+        return found and (found[0], unit)
+    value, rest = found
+    if unit or (rest[0].isalpha() and CHANGE.search(rest)):
         return None
     if unit := unit_of(rest):
         return value, unit
-    counted = re.fullmatch(r" (?:[A-Za-z]{3,}(?: |$)){1,3}", rest) and not _CHANGE.search(rest)
-    return (value, None) if counted and " and" not in rest else None
+    counted = re.fullmatch(r" (?:(?!and )[A-Za-z]{3,}(?: |$)){1,3}", rest) and not CHANGE.search(rest)
+    return (value, None) if counted else None
 
 
-def in_unit_of(one, gold) -> list[Fraction]:
+def in_unit_of(one: Quantity, gold: Quantity) -> list[Fraction]:
     """The values, in the gold quantity's unit, that a quantity may mean: none where the units do not fit.
 
     A unit that only one side has is ignored; a per cent that only one side has may also be hundredths.
     """
     (value, unit), (_, gold_unit) = one, gold
-    name, gold_name = (u[0] if u else "" for u in (unit, gold_unit))
+    (name, scale, base), (gold_name, gold_scale, gold_base) = unit or ("", 1, ""), gold_unit or ("", 1, "")
     if (name == "percent") != (gold_name == "percent"):
         return [] if name and gold_name else [value, value / 100 if name == "percent" else value * 100]
-    if not unit or not gold_unit:
+    if (
+        not unit
+        or not gold_unit
+        or name in _TEMPERATURES.get(gold_name, ())
+        or gold_name in _TEMPERATURES.get(name, ())
+    ):
         return [value]
-    if name in _TEMPERATURES.get(gold_name, ()) or gold_name in _TEMPERATURES.get(name, ()):
-        return [value]
-    return [value * Fraction(unit[1] / gold_unit[1])] if unit[2] == gold_unit[2] else []
+    return [value * Fraction(scale / gold_scale)] if base == gold_base else []
 
 
-def same_quantity(one, gold) -> bool:
+def same_quantity(one: Quantity, gold: Quantity) -> bool:
     """Equal to one in a million, converted where both sides have a unit."""
     return any(abs(value - gold[0]) <= abs(gold[0]) / 1_000_000 for value in in_unit_of(one, gold))
 
@@ -324,9 +299,11 @@ def half_a_place(gold: str) -> Fraction:
     return Fraction(1, 2 * 10 ** len(match[0].partition(".")[2])) if match else Fraction(0)
 
 
-def without_unit(text: str):
+def without_unit(text: str) -> tuple[str, tuple[str, float, str] | None]:
     """`12\\sqrt{3} cm^2` as `12\\sqrt{3}` and its unit. Of single letters only an `m` set apart is a unit here."""
-    for end in re.finditer(r"(?:(?<=[})\d])|(?<=\\pi))( ?)(?=[a-zA-Z°])", text):
+    for end in re.finditer(
+        r"(?:(?<=[})\d])|(?<=\\pi))( ?)(?=[a-zA-Z°])", "" if re.search("sin|cos|tan", text) else text
+    ):
         rest = text[end.end() :]
         if rest[1:2].isalpha() or rest[0] == "°" or (rest[0] == "m" and end[1]):
             if unit := unit_of(rest):
@@ -338,19 +315,15 @@ def without_unit(text: str):
 
 _ABOUT = r"(?:\\approx|\\sim(?:eq)?|about|approximately|approx\.?|roughly|around|nearly)"
 _SENTENCE = re.compile(r"(?:[A-Za-z][A-Za-z' ,]{0,80} )?(?:is|are|equals)(?: equal to)?:? (?=[-+\d\\√(\[{＄€£¥.])")
-
-
-def without_name(text: str) -> str:
-    """`x = 5`, `m\\angle A = 5`, `Area = 5`, `5 = x`, `the angle is 5` and `about 5` as `5`."""
-    sides = [side.strip() for side in text.split("=")]
-    if len(sides) == 2 and all(sides):
-        sides = [side for side in sides if not is_name(side)] or sides[1:]
-    text = sides[0] if len(sides) == 1 else text
-    if (match := _SENTENCE.match(text)) and not _CHANGE.search(match[0]):
-        text = text[match.end() :]
-    if match := re.match(rf"(.*?) ?(?={_ABOUT}(?![a-z]))", text[:80]):
-        text = text[match.end() :] if is_name(match[1]) else text
-    return re.sub(rf"^{_ABOUT} ?(?=[-+\d.\\＄€£¥])", "", text)
+RELATION = re.compile(r"\\(?:le|ge|neq|in)(?![a-zA-Z])|[<>]")
+_SPOKEN = [(re.compile(rf"\b(?:is )?(?:{words})(?![a-z])", re.IGNORECASE), sign) for words, sign in (
+    (r"(?:greater|more) than or equal to|at least|no less than", r"\\ge"),
+    (r"(?:less|fewer|smaller) than or equal to|at most|no more than|up to", r"\\le"),
+    (r"(?:greater|more|larger) than|above|over", ">"),
+    (r"(?:less|fewer|smaller) than|below|under", "<"),
+    (r"not equal to|(?:is )?not(?= -?\d)", r"\\neq"),
+)]  # fmt: skip
+_MIRROR = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 
 
 def is_name(text: str) -> bool:
@@ -359,16 +332,21 @@ def is_name(text: str) -> bool:
     return len(text) <= 60 and bool(re.match(r"[A-Za-z(|]", plain) and not re.search(r"[-+*/^!<>\\=]", plain))
 
 
-RELATION = re.compile(r"\\(?:le|ge|neq|in)(?![a-zA-Z])|[<>]")
-_SPOKEN = [
-    (r"(?:greater|more) than or equal to|at least|no less than", r"\\ge"),
-    (r"(?:less|fewer|smaller) than or equal to|at most|no more than|up to", r"\\le"),
-    (r"(?:greater|more|larger) than|above|over", ">"),
-    (r"(?:less|fewer|smaller) than|below|under", "<"),
-    (r"not equal to|(?:is )?not(?= -?\d)", r"\\neq"),
-]
-_SPOKEN = [(re.compile(rf"\b(?:is )?(?:{words})(?![a-z])", re.IGNORECASE), sign) for words, sign in _SPOKEN]
-_MIRROR = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
+def values(text: str) -> list[str]:
+    """The sides of an equation that are no names: `12` of `x = 12`, `5 + 7` and `12` of `x = 5 + 7 = 12`."""
+    sides = [side.strip() for side in text.split("=")]
+    return [side for side in sides if not is_name(side)] or sides[-1:] if len(sides) > 1 else sides
+
+
+def without_name(text: str) -> str:
+    """`x = 5`, `m\\angle A = 5`, `Area = 5`, `5 = x`, `the angle is 5` and `about 5` as `5`."""
+    sides = values(text) if text.count("=") == 1 else [text]
+    text = sides[0] if len(sides) == 1 else text
+    if (match := _SENTENCE.match(text)) and not CHANGE.search(match[0]):
+        text = text[match.end() :]
+    name, about, _ = text[:80].partition(r"\approx")
+    text = text[len(name) :] if about and is_name(name.strip()) else text
+    return re.sub(rf"^{_ABOUT} ?(?=[-+\d.\\＄€£¥])", "", text)
 
 
 def relations_as_signs(text: str) -> str:
@@ -380,25 +358,20 @@ def relations_as_signs(text: str) -> str:
 
 def as_interval(text: str) -> str | None:
     """What a relation says of one name, as intervals: `x \\le 2` as `(-\\infty,2]`; None where it says more."""
-    alternatives = re.split(r",? or |\\lor|\\cup", text)
-    if len(alternatives) > 1:
-        intervals = [as_interval(part.strip()) if RELATION.search(part) else None for part in alternatives]
+    parts = re.split(r",? or |\\lor|\\cup", text)
+    if len(parts) > 1:
+        intervals = [as_interval(part.strip()) for part in parts]
         return r"\cup".join(intervals) if all(intervals) else None
-    signs = [match[0] for match in RELATION.finditer(text)]
-    sides = [side.strip() for side in RELATION.split(text)]
-    if signs == [r"\in"]:
-        return sides[1]
-    if len(signs) == 1 and is_name(sides[1]) and not sides[0].isalpha():
-        sides, signs = sides[::-1], [_MIRROR.get(signs[0], signs[0])]
-    if len(signs) == 1 and (not sides[0] or is_name(sides[0])) and sides[1]:
-        bound = sides[1]
-        return {"<": rf"(-\infty,{bound})", r"\le": rf"(-\infty,{bound}]", ">": rf"({bound},\infty)",
+    signs, sides = RELATION.findall(text), [side.strip() for side in RELATION.split(text)]
+    if len(signs) == 1 and is_name(sides[1]) and not is_name(sides[0]) and signs[0] in _MIRROR:
+        sides, signs = sides[::-1], [_MIRROR[signs[0]]]
+    if len(signs) == 1 and (not sides[0] or is_name(sides[0])) and (bound := sides[1]):
+        return {"<": rf"(-\infty,{bound})", r"\le": rf"(-\infty,{bound}]", ">": rf"({bound},\infty)", r"\in": bound,
                 r"\ge": rf"[{bound},\infty)", r"\neq": rf"(-\infty,{bound})\cup({bound},\infty)"}[signs[0]]  # fmt: skip
-    if len(signs) == 2 and is_name(sides[1]) and all(sides):
-        if all(sign in (">", r"\ge") for sign in signs):
-            sides, signs = sides[::-1], [_MIRROR[sign] for sign in signs[::-1]]
-        if all(sign in ("<", r"\le") for sign in signs):
-            return f"{'(['[signs[0] != '<']}{sides[0]},{sides[2]}{')]'[signs[1] != '<']}"
+    if len(signs) == 2 and is_name(sides[1]) and set(signs) <= {">", r"\ge"}:
+        sides, signs = sides[::-1], [_MIRROR[sign] for sign in signs[::-1]]
+    if len(signs) == 2 and is_name(sides[1]) and set(signs) <= {"<", r"\le"} and all(sides):
+        return f"{'(['[signs[0] != '<']}{sides[0]},{sides[2]}{')]'[signs[1] != '<']}"
     return None
 
 
@@ -407,29 +380,16 @@ def as_interval(text: str) -> str | None:
 
 def clock(text: str) -> tuple[int, int] | None:
     """Hours on a twelve-hour dial, and minutes: `4:23 PM`, `16:23`, `half past four`, `4 o'clock`."""
-    text = re.sub(r"^(?:it|it's|the time)(?: is|'s)? ", "", text, flags=re.IGNORECASE)
-    if match := re.fullmatch(r"(\d{1,2}):(\d{2})(?::00)?(?: ?[ap]\.?m\.?| o'clock)?", text, re.IGNORECASE):
+    count, half = rf"(\d{{1,2}}|{_WORD})", r"(?: ?[ap]\.?m\.?| o'clock)"
+    text = re.sub(r"^(?:it|it's|the time)(?: is|'s)? ", "", text.lower())
+    if match := re.fullmatch(rf"(\d{{1,2}}):(\d{{2}})(?::00)?{half}?", text):
         hours, minutes = int(match[1]), int(match[2])
-    elif match := re.fullmatch(rf"(\d{{1,2}}|{WORD})(?: ?[ap]\.?m\.?| o'clock)", text, re.IGNORECASE):
-        hours, minutes = word_to_int(match[1]), 0
+    elif match := re.fullmatch(count + half, text):
+        hours, minutes = leading_number(match[1])[0], 0
+    elif match := re.fullmatch(rf"(?:a )?(?:half|quarter|{count}(?: minutes?)?) (past|after|to|before) {count}", text):
+        minutes = leading_number(match[1])[0] if match[1] else 30 if "half" in text else 15
+        hours = leading_number(match[3])[0]
+        hours, minutes = (hours, minutes) if match[2] in ("past", "after") else (hours + 11, 60 - minutes)
     else:
-        match = re.fullmatch(
-            rf"(?:a )?(half|quarter|\d{{1,2}}|{WORD})(?: minutes?)? (past|after|to|before) (\d{{1,2}}|{WORD})",
-            text,
-            re.IGNORECASE,
-        )
-        if not match:
-            return None
-        hours = word_to_int(match[3])
-        minutes = {"half": 30, "quarter": 15}.get(match[1].lower()) or word_to_int(match[1])
-        if match[2].lower() in ("to", "before"):
-            hours, minutes = hours + 11, 60 - minutes
-    if not (0 <= hours <= 24 and 0 <= minutes <= 59):
         return None
-    return hours % 12, minutes
-
-
-def for_algebra(text: str) -> str:
-    """As math-verify reads it: degrees behind a sine as radians, elsewhere dropped, no currencies."""
-    text = re.sub(r"(\\?(?:sin|cos|tan)) ?\(?(\d+)°\)?", r"\1{\\frac{\2\\pi}{180}}", text)
-    return re.sub(f"°|{_CURRENCY}", "", text)
+    return (int(hours % 12), int(minutes)) if 0 <= hours <= 24 and 0 <= minutes <= 59 else None
