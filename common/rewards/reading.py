@@ -58,6 +58,8 @@ def normalize(answer: str) -> str:
 
     Single blanks stay, since `1 2` is not `12`. A dollar sign that is no mathematics becomes `＄`.
     """
+    if re.fullmatch(r"[A-Za-z0-9\s,.'-]*", answer) and not re.search("pi|sqrt|per cent|degree|minus|negative", answer):
+        return " ".join(answer.split()).removesuffix(".").strip()  # nothing below would change it
     # Before NFKC, which would turn 10 squared into 102 and three and a half into 31/2.
     answer = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", answer).replace("º", "°")
     for char in set(answer):
@@ -70,7 +72,7 @@ def normalize(answer: str) -> str:
     answer = answer.replace("\\$", "＄")
     answer = answer.replace("$", "＄") if answer.count("$") == 1 else answer
     answer = answer.replace("**", "") if answer.startswith("**") else answer
-    for pattern, spelling in () if answer.isdecimal() else _SPELLINGS:
+    for pattern, spelling in _SPELLINGS:
         answer = pattern.sub(spelling, answer)
     answer = " ".join(answer.split())
     return answer.removesuffix(".").strip() if answer != "." else ""
