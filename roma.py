@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from common.corruptions import check_corruptions, choose, corrupt
-from common.data.prompts import draw_prompts, load_splits, local_places, prefetch, replace_images
+from common.data.prompts import draw_prompts, fitting_prompts, load_splits, local_places, prefetch, replace_images
 from common.evaluation.training import Evaluations
 from common.model.sampling import decode, sample, uniform_numbers
 from common.model.training import Batch, micro_batches, pack_views, prepare, rows_of, score_rows, total_counts
@@ -250,8 +250,9 @@ def main(args: Args) -> dict:
     run = start_run(args, Path(__file__).stem)
     accelerator, meter, device = run.accelerator, run.meter, run.accelerator.device
     limit = args.max_completion_length
-    train, held_out, test = load_splits(args)
+    splits = load_splits(args)
     policy, scorer, reference, optimizer = prepare(args, accelerator)
+    train, held_out, test = fitting_prompts(args, policy, splits)
     check_tokenizer(args.reward, policy.tokenizer)
     first_step = run.restore(policy, optimizer)
     evaluations = Evaluations(args, run, policy, held_out, test)

@@ -30,7 +30,7 @@ from scipy import ndimage
 from scipy.fft import irfft2, next_fast_len, rfft2
 from scipy.special import ndtri, pdtr
 
-from common.data.examples import open_image, plain_rgb
+from common.data.images import open_image, plain_rgb
 
 # For training (ROMA) and evaluation; and for evaluation only. Disjoint by name. Seen: noise, blur, low resolution,
 # compression; unseen: one of every family of ImageNet-C.
@@ -128,7 +128,7 @@ NAMES = tuple(CONSTANTS)
 def corrupt(image: Image.Image, name: str, severity: int, seed: int | tuple[int, ...]) -> Image.Image:
     """The picture, corrupted: RGB of the same size. `seed` is a whole number or several, all of them at least 0.
 
-    Any mode is taken: transparency is laid on white, what has other than 8 bits is scaled to them (`data.plain_rgb`).
+    Any mode is taken: transparency is laid on white, what has other than 8 bits is scaled to them (`plain_rgb`).
 
     Raises:
         ValueError: an unknown name, a severity that is not one of 1 to 5, a seed that is negative or not whole, or a

@@ -13,7 +13,7 @@ from scipy.stats import binomtest, norm
 import common.evaluation.accuracy
 from common.corruptions import SEEN, UNSEEN
 from common.data.examples import PUZZLE_COUNT, Example, load_examples
-from common.data.prompts import TEMPLATE
+from common.data.messages import TEMPLATE
 from common.evaluation import __main__ as command
 from common.evaluation.__main__ import Args, main, mark
 from common.evaluation.accuracy import evaluate, image_reliance, interval, summarize, table

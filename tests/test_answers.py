@@ -2,16 +2,20 @@
 
 import json
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.rewards import answers as rewards
-from common.rewards.answers import KINDS, check, extract, normalize, number, prepare_gold, score
+from common.rewards import math_worker
+from common.rewards.answers import KINDS, check, extract, prepare_gold, score
+from common.rewards.reading import normalize, number
 
 
 def answer(text: str) -> str:
@@ -229,7 +233,7 @@ SPELLINGS = [
 
 @pytest.mark.parametrize("text, gold, kind, choices, right", SPELLINGS)
 def test_answers_as_models_write_them(text, gold, kind, choices, right, monkeypatch):
-    monkeypatch.setattr(rewards, "DEADLINE", 30.0)
+    monkeypatch.setattr(math_worker, "DEADLINE", 30.0)
     verdict = check(answer(text), prepare_gold(gold, kind, choices), kind, choices)
     assert verdict.correct is right, verdict
 
@@ -240,6 +244,38 @@ def test_case_table(case):
     verdict = check(completion, prepare_gold(gold, kind, choices), kind, choices)
     assert verdict.correct is right, verdict
     assert verdict.status != "error"
+
+
+TABLE = [json.loads(line) for line in (Path(__file__).parent / "answer_cases.jsonl").read_text("utf-8").splitlines()]
+# Right, but in forms that the rules do not read.
+NOT_READ = {r"<answer>{1 \over 2}</answer>", "<answer>5 ft 0 in</answer>", "<answer>one half</answer>",
+            "<answer>a half</answer>"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", sorted({row["kind"] for row in TABLE}))
+def test_table_of_answers(kind, monkeypatch):
+    """Every case of the kind, the wrong ones by name; benchmarks/answers.py counts them."""
+    monkeypatch.setattr(math_worker, "DEADLINE", 30.0)
+    wrong = []
+    for row in TABLE:
+        if row["kind"] == kind:
+            gold = prepare_gold(row["gold"], kind, row["choices"])
+            verdict = check(row["completion"], gold, kind, row["choices"])
+            if verdict.correct != (row["expected"] and row["completion"] not in NOT_READ) or verdict.status == "error":
+                wrong.append((row["completion"], gold, row["why"], verdict))
+    assert not wrong
+
+
+def test_units_are_imported_only_where_a_unit_is_read():
+    program = (
+        "import sys\nfrom common.rewards.answers import check\n"
+        "for kind, text, gold in (('int', '12 apples', '12'), ('int', '12 cm', '12'), ('exact', 'red', 'red'), "
+        "('yesno', 'Yes.', 'yes'), ('math', '1/2', '0.5')):\n"
+        "    assert check(f'<answer>{text}</answer>', gold, kind).correct\n"
+        "assert 'pint' not in sys.modules and 'sympy' not in sys.modules\n"
+        "assert check('<answer>5 km</answer>', '5000 m', 'math').correct and 'pint' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])
 
 
 def test_statuses_say_why_an_answer_does_not_count():
@@ -286,7 +322,8 @@ def test_gold_answers_are_prepared(gold, kind, choices, prepared):
     [
         (None, "math", None, "no answer"),
         ("  ", "exact", None, "no answer"),
-        (["a", "b"], "exact", None, "no answer"),
+        (["a", "b"], "exact", None, r"the answer is a list \(\['a', 'b'\]\); write it as one text"),
+        ("A", "choice", None, "needs the options in a column choices or options"),
         (r"\boxed{\left\{ 1 \right.", "math", None, "no answer inside"),
         ("None", "int", None, "not of kind int"),
         ("maybe", "yesno", None, "not of kind yesno"),
@@ -318,7 +355,10 @@ ATTACKS = [
     "9**9**9**9", r"9^{9^{9^{9}}}", r"(10^{10})!", "100000!", "((9!)!)!", r"\int_0^1 x dx", "1e999999999",
     "{" * 100_000, "(" * 100_000, r"\frac{" * 300, "$" * 5000, r"\boxed{" * 5000, "__import__('os').system('true')",
     "\x00", "\ud800", r"\left\{1,\right.", r"x_{" * 100, "[" * 59 + "1", r"\sqrt{" * 50 + "2" + "}" * 50,
-    r"\boxed{" * 4000 + "2" + "}" * 4000,
+    r"\boxed{" * 4000 + "2" + "}" * 4000, "9 km**9**9**9", "9 m^{9}^{9}", "9 m" * 600, "9 " + "kg m " * 400,
+    "9 m/(" * 400, "9 " + "a" * 2000, "9 __import__", "x < " * 500, "1 = " * 500, "x or " * 400, "9 hundred " * 200,
+    "1e999 m", "9 m" + "²" * 300, "9 eval('1') m", "9 µ" * 500, "9 \\begin{pmatrix}" + "1&" * 900, "1 ≈ " * 400,
+    "not " * 500 + "1", "three " * 300, "1" + " " * 1000 + "1", "-" * 1500 + "1", "1" + ",111" * 500, "1 or " * 500,
 ]  # fmt: skip
 
 
@@ -361,26 +401,26 @@ def test_check_never_raises(text, kind):
 
 @pytest.fixture
 def worker():
-    worker = rewards._Worker()
+    worker = math_worker.Worker()
     yield worker
     worker.kill()
 
 
 def test_a_comparison_that_hangs_is_killed_and_the_next_one_works(worker, monkeypatch):
-    monkeypatch.setattr(rewards, "DEADLINE", 30.0)
+    monkeypatch.setattr(math_worker, "DEADLINE", 30.0)
     assert worker.equal("x+1", "1+x") == (True, "ok")
     first = worker.process.pid
     worker.process.send_signal(signal.SIGSTOP)  # as one that computes for ever: it does not answer
-    monkeypatch.setattr(rewards, "DEADLINE", 0.1)
+    monkeypatch.setattr(math_worker, "DEADLINE", 0.1)
     assert worker.equal("x+2", "2+x") == (False, "timeout")
     assert worker.process is None
-    monkeypatch.setattr(rewards, "DEADLINE", 30.0)
+    monkeypatch.setattr(math_worker, "DEADLINE", 30.0)
     assert worker.equal("x+3", "3+x") == (True, "ok")
     assert worker.process.pid != first
 
 
 def test_a_worker_that_dies_is_replaced(worker, monkeypatch):
-    monkeypatch.setattr(rewards, "DEADLINE", 30.0)
+    monkeypatch.setattr(math_worker, "DEADLINE", 30.0)
     assert worker.equal("y+1", "1+y") == (True, "ok")
     worker.process.kill()
     worker.process.wait()
@@ -388,13 +428,13 @@ def test_a_worker_that_dies_is_replaced(worker, monkeypatch):
 
 
 def test_after_some_timeouts_no_more_is_tried(worker, monkeypatch):
-    worker.timeouts = rewards.MOST_TIMEOUTS
+    worker.timeouts = math_worker.MOST_TIMEOUTS
     assert worker.equal("x+1", "1+x") == (False, "timeout")
     assert worker.process is None, "it was not even started"
 
 
 def test_verdicts_are_remembered(worker, monkeypatch):
-    monkeypatch.setattr(rewards, "DEADLINE", 30.0)
+    monkeypatch.setattr(math_worker, "DEADLINE", 30.0)
     worker.equal("z+1", "1+z")
     worker.kill()
     assert worker.equal("z+1", "1+z") == (True, "ok") and worker.process is None
@@ -410,12 +450,12 @@ def test_comparison_works_off_the_main_thread():
 
 
 def test_the_worker_needs_nothing_of_the_training_program():
-    source = open(rewards.__file__.replace("rewards", "math_worker")).read()
+    source = Path(math_worker.__file__).read_text()
     assert "import torch" not in source and "from common" not in source
 
 
 def test_kinds_of_the_puzzles_never_start_the_worker(monkeypatch):
-    monkeypatch.setattr(rewards._Worker, "start", lambda self: pytest.fail("the worker was started"))
+    monkeypatch.setattr(math_worker.Worker, "start", lambda self: pytest.fail("the worker was started"))
     for kind, right in (("int", "12"), ("exact", "red"), ("yesno", "yes")):
         assert check(answer(right), right, kind).correct
     assert json.dumps(check(answer("x"), "12", "int").status)

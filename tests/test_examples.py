@@ -13,8 +13,11 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from common.data.examples import Example, load_examples, open_image, place_images, to_rgb
-from common.data.prompts import TEMPLATE, batch_indices, build_messages, check_template, prefetch
+from common.data.examples import Example, load_examples, place_images
+from common.data.images import open_image, to_rgb
+from common.data.messages import TEMPLATE, build_messages, check_template
+from common.data.prompts import batch_indices, prefetch
+from common.rewards.answers import check
 from common.rewards.designs import REQUEST
 from tests.small_models import picture
 
@@ -102,7 +105,7 @@ def test_parquet_as_hub_sets_have_it(tmp_path):
         assert len(examples) == 3 and examples[2].question == "<image>Find x. 2"
         assert np.array_equal(np.asarray(examples[1].images[0]), np.asarray(picture(32, 32, 1)))
         assert examples.sizes == [32 * 32] * 3
-    with pytest.raises(SystemExit, match=r"split 'dev' cannot be loaded .*dev"):
+    with pytest.raises(SystemExit, match=r"no dev.jsonl or dev.parquet beside train.parquet; add one, or name a split"):
         load_examples(str(tmp_path), "dev")
 
 
@@ -221,18 +224,102 @@ def test_rows_that_cannot_be_used_are_left_out_counted_and_named(tmp_path, capsy
         ({"question": "1 + 1?"}, "no answer"),
         ({"answer": "2"}, "no question"),
         ({"question": "1 + 1?", "answer": r"\boxed{"}, "no answer inside"),
-        ({"question": "1 + 1?", "answer": "two", "kind": "int"}, "not of kind int"),
+        ({"question": "1 + 1?", "answer": "a few", "kind": "int"}, "not of kind int"),
         ({"question": "1 + 1?", "answer": "2", "kind": "sum"}, "unknown answer kind 'sum'"),
         ({"question": "<image 3>?", "answer": "2"}, "numbered 3 for 0 images"),
         ({"question": "<|image_pad|>?", "answer": "2"}, "token of their own"),
         ({"question": "?", "answer": "2", "image": "https://example.org/" + "a" * 60 + ".png"}, "no image file"),
         ({"question": "?", "answer": "2", "image": ["x.png", None]}, "no image"),
+        ({"question": "?", "answer": ["1", "2"]}, r"the answer is a list \(\['1', '2'\]\); write it as one text"),
+        ({"question": "?", "answer": {"x": 1}}, "the answer is a dict"),
+        ({"question": "Which?", "answer": "B", "kind": "choice"}, "kind choice needs the options in a column choices"),
+        ({"question": "Which?", "answer": "B", "choices": "red, blue"}, "options must be a list of texts, not 'red, b"),
+        ({"question": "Which?", "answer": "B", "options": {"A": "red"}}, "options must be a list of texts, not "),
     ],
 )
 def test_reasons(tmp_path, row, reason):
     path = write_jsonl(tmp_path, [row, {"question": "1 + 1?", "answer": "2"}])
     with pytest.raises(SystemExit, match=f"1 of 2 rows cannot be used: row 0: .*{reason}"):
         load_examples(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "choices", "right"),
+    [
+        ({"question": "Which?\n(A) red\n(B) dark blue", "answer": "B"}, "letter", ("red", "dark blue"), "dark blue"),
+        ({"question": "Which? A. 1; B. 2; C. 3", "answer": "(C)"}, "letter", ("1", "2", "3"), "C. 3"),
+        ({"question": "Which? A: red, B: blue", "answer": "blue"}, "choice", ("red", "blue"), "B"),
+        ({"question": "Which?\nA) 1\nB) 2\nAnswer with a letter.", "answer": "A"}, "letter", ("1", "2"), "1"),
+        ({"question": "Which?", "options": ["red", "blue"], "answer": "A"}, "letter", ("red", "blue"), "red"),
+        ({"question": "Which?", "choices": "['red', 'blue']", "answer": "blue"}, "choice", ("red", "blue"), "(B)"),
+        ({"question": "Which?", "options": "A. red B. blue", "answer": "B"}, "letter", ("red", "blue"), "blue"),
+        ({"question": "A: 5 or B: 7?", "answer": "B", "kind": "choice"}, None, None, None),
+        ({"question": "A: 5, B: 7. Their sum?", "answer": "12"}, "math", None, "12"),
+        ({"question": "Is A. left of B?", "answer": "B"}, "math", None, "B"),
+    ],
+)
+def test_multiple_choice_is_recognized(tmp_path, row, kind, choices, right):
+    """Options in a column or in the question's text; the answer by its letter or its text; no kind given."""
+    path = write_jsonl(tmp_path, [row])
+    if kind is None:
+        with pytest.raises(SystemExit, match="the answer 'B' is not of kind choice"):
+            load_examples(path)
+        return
+    example = load_examples(path)[0]
+    assert (example.kind, example.choices) == (kind, choices)
+    assert check(f"<answer>{right}</answer>", example.answer, example.kind, example.choices).correct
+    assert not check("<answer>D</answer>", example.answer, example.kind, example.choices).correct
+
+
+def test_pictures_come_from_beneath_the_folder_of_the_set(tmp_path):
+    """A set from elsewhere must not put a file of this machine on a page that is shared."""
+    folder, other = tmp_path / "set", tmp_path / "other"
+    for path in (folder / "images", other):
+        path.mkdir(parents=True)
+        picture(40, 30, 0).save(path / "x.png")
+    (folder / "link.png").symlink_to(other / "x.png")
+    (folder / "inner.png").symlink_to(folder / "images" / "x.png")
+
+    def load(image, **options):
+        path = write_jsonl(folder, [{"image": image, "question": "?", "answer": "1"}])
+        return load_examples(path, **options)[0].images[0].size
+
+    for image in ("images/x.png", "images/../images/x.png", str(folder / "images" / "x.png"), "inner.png"):
+        assert load(image) == (40, 30)
+    for image in ("../other/x.png", str(other / "x.png"), "link.png", {"path": str(other / "x.png"), "bytes": None}):
+        with pytest.raises(SystemExit, match=r"row 0: image .* lies outside of .*set; --image-root names another"):
+            load(image)
+        if image != "link.png":  # found where the root is that was named
+            assert load("x.png" if image == "../other/x.png" else image, image_root=str(other)) == (40, 30)
+    with pytest.raises(SystemExit, match=r"row 0: image .* lies outside of .*other"):
+        load(str(folder / "images" / "x.png"), image_root=str(other))
+    with pytest.raises(SystemExit, match="--image-root /nothere: no such folder"):
+        load("x.png", image_root="/nothere")
+
+
+def test_pictures_of_a_hub_set_come_from_where_it_is_kept(tmp_path, monkeypatch):
+    """Without a folder of its own a set cannot name files at all, but for what `datasets` itself unpacked."""
+    picture(40, 30, 0).save(tmp_path / "x.png")
+    rows = [{"image": {"path": str(tmp_path / "x.png"), "bytes": None}, "question": "?", "answer": "1"}]
+    table = datasets.Dataset.from_list(rows)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: table)
+    monkeypatch.setattr("common.data.examples.hub_has", lambda name: True)
+    with pytest.raises(SystemExit, match=r"row 0: image .* lies outside of"):
+        load_examples("owner/set")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    assert load_examples("owner/set")[0].images[0].size == (40, 30)
+
+
+def test_a_folder_without_a_split_says_what_is_missing_and_what_to_pass(tmp_path):
+    for split in ("train", "test"):
+        write_jsonl(tmp_path, [{"question": "?", "answer": "1"}], f"{split}.jsonl")
+    line = (
+        f"--data {tmp_path}: no validation.jsonl or validation.parquet beside test.jsonl, train.jsonl; add one, or "
+        "name a split that is there by --train-split, --eval-split or --test-split"
+    )
+    with pytest.raises(SystemExit) as error:
+        load_examples(str(tmp_path), "validation")
+    assert str(error.value) == line
 
 
 def test_an_image_that_is_found_broken_only_when_drawn(tmp_path, capsys, monkeypatch):

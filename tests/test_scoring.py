@@ -5,7 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.data.examples import load_examples
-from common.data.prompts import build_messages, replace_images
+from common.data.messages import build_messages
+from common.data.prompts import replace_images
 from common.model.layers import RMSNorm, attention, normalize, rms_norm
 from common.model.load import encode_prompts, load_policy
 from common.model.sampling import sample, uniform_numbers

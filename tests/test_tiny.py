@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 
 from common.data.examples import load_examples
-from common.data.prompts import build_messages
+from common.data.messages import build_messages
 from common.data.puzzles import puzzle
 from common.model.load import TINY, VISION_TOKENS, encode_prompts, load_policy
 from common.rewards.designs import REQUEST

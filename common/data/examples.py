@@ -3,25 +3,37 @@
 Rows are checked when a set is loaded and images are decoded when an example is drawn, so that a large set's pixels
 never lie in memory. A row that cannot be used is left out, counted and reported; more than 1 % of them stop the run.
 Of a large set a run that draws only few examples reads only so many, as a stream.
+
+Columns that are read of a file, a folder or a hub set; all but question and answer may be missing:
+
+| column | holds |
+| --- | --- |
+| `problem`, `question`, `prompt`, `query` (`--question-column`) | the question; `<image>` or `<image 2>` mark places |
+| `answer`, `solution`, `label`, `ground_truth` (`--answer-column`) | the answer, also in `\\boxed{}` or `<answer>` |
+| `images`, `decoded_image`, `image`, `image_path`, `file_name` (`--image-column`) | one picture or a list: pixels, \
+bytes, base64 text, or paths beneath the set's folder (`--image-root`) |
+| `kind` (`--kind`) | how the answer is checked: int, math, float3, rounded, relaxed, letter, letters, choice, time, \
+yesno, exact |
+| `choices`, `options` | the options, a list; where there is none, those that the question lists behind (A), B. or C: |
+| `group`, `category`, `subject` | what accuracy is also reported for |
+| `id` | a name for the row (else its number from 0) |
+
+Of a name in two spellings the first is taken. A row without `kind` is of kind `choice` where the answer is one of the
+options' texts, `letter` where it is one of their letters, else `math`.
 """
 
-import base64
-import contextlib
-import io
 import json
-import os
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from common.data.images import hub_caches, one_line, open_image
 from common.data.puzzles import SPLITS, puzzle
-from common.data.sets import SOURCES, Readable
+from common.data.sets import SOURCES, Readable, likely_kind, options_in, read_choices
 from common.rewards.answers import KINDS, prepare_gold
 
 # Where data sets keep what; the first of these that a set has is taken.
@@ -32,11 +44,7 @@ PUZZLE_COUNT = {"train": 1_000_000, "validation": 2_000, "test": 2_000, "shifted
 LARGE = 20_000  # rows of a set that is worth a stream
 SMALL = 1_000  # rows of a set whose pictures are all decoded at the start
 SHUFFLED_ROWS = 1_000  # among which a stream draws the next
-MAX_ASPECT_RATIO = 200  # what the families' image processors accept
 T = TypeVar("T")
-MAX_IMAGE_PIXELS = 100_000_000  # beyond it a small file that unpacks to gigabytes is likelier than a photograph
-# What a whole file has among its last bytes (WebP is checked when opened); one of another format is decoded to see.
-ENDINGS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "WEBP": b""}
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ def load_examples(
     question_column: str = "",
     answer_column: str = "",
     kind: str = "",
+    image_root: str = "",
     limit: int | None = None,
     max_bad: float = 0.01,
     draws: int | None = None,
@@ -71,7 +80,8 @@ def load_examples(
     a .jsonl or .parquet file; a folder with metadata.jsonl, metadata.parquet or a data set of its own; or a hub id.
     `@config` behind a folder or an id names one of its configurations.
 
-    A file has no splits: it serves as any, and says so, unless files named after splits lie in a folder.
+    A file has no splits: it serves as any, and says so, unless files named after splits lie in a folder. Pictures are
+    read from beneath the set's folder only, or from beneath `image_root`, which paths are then relative to.
     `limit` takes the first so many usable rows; `max_bad` is the share of unusable ones that is put up with. `draws`
     says how many examples will be drawn: where that is less than a quarter of a large set, only so many of its rows
     are read, as a stream in an order drawn from `seed`.
@@ -81,6 +91,8 @@ def load_examples(
     """
     if kind and kind not in KINDS:
         raise SystemExit(f"--kind {kind}: choose one of {', '.join(KINDS)}")
+    if image_root and not Path(image_root).is_dir():
+        raise SystemExit(f"--image-root {image_root}: no such folder")
     if data == "puzzles":
         if split not in SPLITS:
             raise SystemExit(f"--data puzzles has no split {split!r}: choose one of {', '.join(SPLITS)}")
@@ -88,7 +100,7 @@ def load_examples(
     if data.split("=")[0] in SOURCES:
         rows, root = open_source(data, split, draws, seed)
         columns = {"image": "images", "question": "question", "answer": "answer"}
-        return Rows(data, rows, root, columns, kind, limit, max_bad)
+        return Rows(data, rows, Path(image_root) if image_root else root, columns, kind, limit, max_bad)
     data, rows, root = open_rows(data, split, draws, seed)
     if not len(rows):
         raise SystemExit(f"--data {data}: no rows")
@@ -98,7 +110,7 @@ def load_examples(
         "question": find_column(data, names, "question", question_column, QUESTION_COLUMNS),
         "answer": find_column(data, names, "answer", answer_column, ANSWER_COLUMNS),
     }
-    return Rows(data, rows, root, columns, kind, limit, max_bad)
+    return Rows(data, rows, Path(image_root) if image_root else root, columns, kind, limit, max_bad)
 
 
 @dataclass(frozen=True)
@@ -122,24 +134,27 @@ class Puzzles(Sequence):
 class Rows(Sequence):
     """The usable rows of a table. Text, answers and what shows without decoding an image are checked at once.
 
-    `sizes` holds the area of each example's images in pixels, by which an evaluation sorts them.
+    `sizes` holds the area of each example's images in pixels, by which an evaluation sorts them, `shapes` the width and
+    height of each image, and `text_bytes` the length of each question.
     """
 
     name: str
     rows: Sequence[dict]
-    root: Path | None
+    root: Path
     columns: dict[str, str]
     kind: str
     limit: int | None
     max_bad: float
 
     def __post_init__(self):
-        self.usable, self.sizes, self.bad = [], [], {}
+        self.usable, self.shapes, self.text_bytes, self.bad = [], [], [], {}
         # In a small set one broken picture is a large share: it must not come to light in the middle of training.
         decode = len(self.rows) <= SMALL
         for number in range(len(self.rows)):
             try:
-                self.sizes.append(sum(i.width * i.height for i in self.read(number, pixels=decode).images))
+                example = self.read(number, pixels=decode)
+                self.shapes.append([image.size for image in example.images])
+                self.text_bytes.append(len(example.question.encode()))
                 self.usable.append(number)
             except ValueError as error:
                 self.bad[number] = str(error)
@@ -147,6 +162,16 @@ class Rows(Sequence):
                 break
         if self.bad:
             self.report()
+
+    @property
+    def sizes(self) -> list[int]:
+        return [sum(width * height for width, height in shapes) for shapes in self.shapes]
+
+    def keep(self, places: list[int]) -> None:
+        """Leave out all examples but those."""
+        self.usable, self.shapes, self.text_bytes = (
+            [values[place] for place in places] for values in (self.usable, self.shapes, self.text_bytes)
+        )
 
     def report(self) -> None:
         """Say which rows are left out; stop where they are too many."""
@@ -187,18 +212,20 @@ class Rows(Sequence):
             raise ValueError(f"the question holds {token[0]}, which models read as a token of their own")
         images = tuple(open_image(item, self.root, pixels) for item in stored)
         question, images = place_images(question, images)
-        choices = row.get("choices") or row.get("options") or None
-        choices = tuple(map(str, choices)) if isinstance(choices, list) else None
-        kind = self.kind or row.get("kind") or "math"
-        answer = prepare_gold(row.get(self.columns["answer"]), kind, choices)
+        kind, answer = self.kind or row.get("kind") or "", row.get(self.columns["answer"])
+        choices = read_choices(row.get("choices") or row.get("options"))
+        if not choices and kind in ("", "choice"):
+            choices = options_in(question)
+        if not kind:
+            kind = likely_kind(answer, choices)
+            choices = choices if kind != "math" else None
+        answer = prepare_gold(answer, kind, choices)
         group = str(row.get("group") or row.get("category") or row.get("subject") or "")
         name = row.get("id")
         return Example(images, question, answer, kind, choices, group, str(number if name is None else name))
 
 
-def open_rows(
-    data: str, split: str, draws: int | None = None, seed: int = 0
-) -> tuple[str, Sequence[dict], Path | None]:
+def open_rows(data: str, split: str, draws: int | None = None, seed: int = 0) -> tuple[str, Sequence[dict], Path]:
     """The file or set that `data` stands for, its table, and the folder that image paths in it are relative to."""
     stream = {"draws": draws, "seed": seed}
     files = (f"{split}.jsonl", f"{split}.parquet", "metadata.jsonl", "metadata.parquet")
@@ -218,10 +245,10 @@ def open_rows(
         return data, load_table(data, name, split, config, **stream), Path(name)
     if Path(name).suffix in (".jsonl", ".parquet") or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise SystemExit(f"--data {data}: no such .jsonl or .parquet file or folder, nor a hub id owner/name")
-    return data, load_table(data, name, split, config, hub=True, **stream), None
+    return data, load_table(data, name, split, config, hub=True, **stream), hub_caches()[0]
 
 
-def open_source(data: str, split: str, draws: int | None = None, seed: int = 0) -> tuple[Readable, Path | None]:
+def open_source(data: str, split: str, draws: int | None = None, seed: int = 0) -> tuple[Readable, Path]:
     """The rows of a set of common/data/sets.py, and the folder that image paths in it are relative to."""
     name, _, folder = data.partition("=")
     source = SOURCES[name]
@@ -253,7 +280,7 @@ def open_source(data: str, split: str, draws: int | None = None, seed: int = 0) 
         print(f"--data {name}: {left_out}", flush=True)
     if not len(rows):
         raise SystemExit(f"--data {data}: no rows")
-    return rows, Path(folder) if folder else None
+    return rows, Path(folder) if folder else hub_caches()[0]
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -308,6 +335,13 @@ def load_table(
                 f"; where there is a network, run `hf download {name} --repo-type dataset --local-dir DIR` and pass "
                 f"--data {folder}"
             )
+        elif Path(name).is_dir() and data not in SOURCES:
+            held = sorted(path.name for path in Path(name).iterdir() if path.suffix in (".jsonl", ".parquet"))
+            if held and not any(split in file for file in held):
+                line = (
+                    f"--data {data}: no {split}.jsonl or {split}.parquet beside {', '.join(held[:6])}; add one, or "
+                    "name a split that is there by --train-split, --eval-split or --test-split"
+                )
         raise SystemExit(line) from None
     encoded = {}
     for column, feature in table.features.items():
@@ -343,87 +377,6 @@ def find_column(data: str, names: list[str], what: str, given: str, usual: tuple
     if not found and required:
         raise SystemExit(f"--data {data}: no {what} column; pass --{what}-column, one of {', '.join(names)}")
     return found
-
-
-def open_image(stored, root: Path | None, pixels: bool = True) -> Image.Image:
-    """A picture as data sets hold them: decoded, bytes, {bytes, path}, a path, base64 text.
-
-    With `pixels` false it is not decoded, as far as its file shows without that whether it is whole.
-
-    Raises:
-        ValueError: one line, where that is not a usable picture.
-    """
-    if isinstance(stored, dict):
-        stored = stored.get("bytes") or stored.get("path")
-    if isinstance(stored, Image.Image):
-        return to_rgb(stored)
-    if isinstance(stored, str) and stored:
-        path = root / stored if root else Path(stored)
-        if os.path.isfile(path):  # unlike Path.is_file, says no to text that is too long for a name
-            source = path
-        elif path.suffix.lower() in Image.registered_extensions() or "://" in stored or len(stored) < 64:
-            raise ValueError(f"no image file {stored!r}")
-        else:
-            source = io.BytesIO(base64.b64decode(stored.partition("base64,")[2] or stored))
-    elif isinstance(stored, bytes) and stored:
-        source = io.BytesIO(stored)
-    else:
-        raise ValueError(f"no image in a value of type {type(stored).__name__}")
-    where = f" {stored!r}" if isinstance(source, Path) else ""
-    try:
-        # What PIL warns of, odd metadata or a great size, is harmless or refused below.
-        with warnings.catch_warnings(action="ignore"), Image.open(source) as image:
-            width, height = image.size
-            if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-                raise ValueError(f"{width} x {height} pixels: more than {MAX_ASPECT_RATIO} times as long as wide")
-            if width * height > MAX_IMAGE_PIXELS:
-                raise ValueError(f"{width} x {height} pixels: more than {MAX_IMAGE_PIXELS:,}")
-            if pixels:
-                return to_rgb(image)
-            if image.format not in ENDINGS or ENDINGS[image.format] not in last_bytes(source):
-                image.load()
-            return image
-    except Exception as error:  # PIL's formats raise a dozen types on broken files, SyntaxError among them
-        reason = "not in a known format" if isinstance(error, UnidentifiedImageError) else one_line(error)
-        raise ValueError(f"image{where}: {reason}") from None
-
-
-def last_bytes(source: Path | io.BytesIO, count: int = 64) -> bytes:
-    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.getbuffer()[-count:]) as file:
-        file.seek(max(0, file.seek(0, io.SEEK_END) - count))
-        return file.read()
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, upright, transparency on white; of an animation the first frame. Raises what PIL does on broken data."""
-    image.load()
-    with contextlib.suppress(Exception):  # broken EXIF data, of whatever type PIL raises, makes no picture unusable
-        image = ImageOps.exif_transpose(image)
-    return plain_rgb(image)
-
-
-def plain_rgb(image: Image.Image) -> Image.Image:
-    """RGB of the same size from any mode, transparency on white. Raises what PIL does on broken data.
-
-    White is 65535 in a 16-bit picture. For 32-bit integers and floats no file says what it is: the first of 1, 255 and
-    65535 that no value exceeds, or else the highest value.
-    """
-    if image.mode.startswith(("I", "F")):  # 16 bits and more: PIL would cut them off at 255
-        values = np.asarray(image, dtype=np.float64)
-        highest = values.max(initial=0, where=np.isfinite(values))
-        usual = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535)
-        white = next((w for w in usual if highest <= w), highest)
-        scaled = np.nan_to_num(255 * values / white).clip(0, 255).astype(np.uint8)
-        scaled[values == image.info.get("transparency", np.nan)] = 255  # in such a picture one level is transparent
-        image = Image.fromarray(scaled)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def place_images(question: str, images: tuple) -> tuple[str, tuple]:

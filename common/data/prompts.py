@@ -1,6 +1,5 @@
-"""What the model reads: an example as a conversation, and the prompts that each step of a training draws."""
+"""The prompts that each step of a training draws."""
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,22 +12,30 @@ from accelerate import Accelerator
 from PIL import Image
 
 from common.data.examples import Example, load_examples
+from common.data.lengths import leave_out_long
+from common.data.messages import build_messages
 from common.model.load import Policy, Prompts, encode_prompts, process_images
-from common.rewards.designs import REQUEST
 
 T = TypeVar("T")
-TEMPLATE = "{question}\n\n{request}"
 
 
 def load_splits(args) -> tuple[Sequence[Example], Sequence[Example], Sequence[Example]]:
     """The examples to train on, to evaluate on during training, and to test on before and after; empty where a script's
     settings `args` ask for no such evaluation."""
-    columns = {name: getattr(args, name) for name in ("image_column", "question_column", "answer_column", "kind")}
+    columns = {
+        name: getattr(args, name) for name in ("image_column", "question_column", "answer_column", "kind", "image_root")
+    }
     draws = args.steps * args.prompts_per_step
     train = load_examples(args.data, args.train_split, draws=draws, seed=args.seed, **columns)
     held_out = load_examples(args.data, args.eval_split, limit=args.eval_examples, **columns) if args.eval_every else []
     test = load_examples(args.data, args.test_split, limit=args.test_examples, **columns) if args.test_examples else []
     return train, held_out, test
+
+
+def fitting_prompts(args, policy: Policy, splits: Sequence[Sequence[Example]]) -> list[Sequence[Example]]:
+    """The splits without examples whose prompts are above `max_prompt_length`, which are counted and named."""
+    limits = policy, args.prompt_template, args.max_prompt_length, args.max_completion_length
+    return [leave_out_long(examples, *limits) for examples in splits]
 
 
 def local_places(args, accelerator: Accelerator) -> list[int]:
@@ -58,34 +65,6 @@ def replace_images(policy: Policy, prompts: Prompts, images: list[list[Image.Ima
     if not torch.equal(grids, prompts.image_grid_thw):
         raise ValueError(f"the new images have grids {grids.tolist()}, the prompts {prompts.image_grid_thw.tolist()}")
     return replace(prompts, pixel_values=None if pixels is None else pixels.to(policy.device))
-
-
-def build_messages(example: Example, template: str = TEMPLATE) -> list[dict]:
-    """The conversation that the model reads: one user message, pictures where the markers stand.
-
-    >>> build_messages(Example((), "How many?", "3"), "{question} Be brief.")
-    [{'role': 'user', 'content': [{'type': 'text', 'text': 'How many? Be brief.'}]}]
-    """
-    text = check_template(template).replace("{request}", REQUEST).replace("{question}", example.question)
-    content = []
-    for piece in re.split(r"(<image>)", text):
-        if piece == "<image>":
-            content.append({"type": "image"})
-        elif piece:
-            content.append({"type": "text", "text": piece})
-    return [{"role": "user", "content": content}]
-
-
-def check_template(template: str) -> str:
-    """The template with `\\n` typed on a command line made a line break.
-
-    Raises:
-        SystemExit: it has no place for the question, or one for pictures, which come with the question.
-    """
-    template = template.replace("\\n", "\n")
-    if "{question}" not in template or "<image>" in template:
-        raise SystemExit(f"--prompt-template {template!r}: must contain {{question}} and not <image>")
-    return template
 
 
 def batch_indices(seed: int, step: int, size: int, length: int) -> list[int]:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
+from common.rewards.answers import prepare_gold
+
 FIXED_QUESTION = "Answer the question in the picture with the letter of the right choice."
 
 
@@ -62,6 +64,52 @@ def options(value) -> list[str]:
     if isinstance(value, str):
         value = ast.literal_eval(value) if value.strip().startswith("[") else []
     return [str(option) for option in value or []]
+
+
+def read_choices(stored) -> tuple[str, ...] | None:
+    """The options of a row: a list, also as text, or a text of the form `A. red B. blue`.
+
+    Raises:
+        ValueError: one line, where they are neither.
+    """
+    if not stored:
+        return None
+    try:
+        choices = options(stored) if isinstance(stored, str | list) else None
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # Python's own of a text that is no list
+        choices = None
+    choices = choices or (options_in(stored) if isinstance(stored, str) else None)
+    if not choices:
+        raise ValueError(f"the options must be a list of texts, not {str(stored)[:60]!r}")
+    return tuple(choices)
+
+
+def options_in(question: str) -> tuple[str, ...] | None:
+    """The options that a question lists behind (A), A., A) or A:, from A on, each up to the next or to the line's end.
+
+    >>> options_in("Which colour?\\n(A) red\\n(B) dark blue")
+    ('red', 'dark blue')
+    """
+    markers = list(re.finditer(r"(?<!\S)(?:\(([A-J])\)|([A-J])[.):])(?=\s*\S)", question))
+    starts = [n for n, marker in enumerate(markers) if (marker[1] or marker[2]) == "A"]
+    found = markers[starts[-1] :] if starts else []
+    found = [marker for n, marker in enumerate(found) if (marker[1] or marker[2]) == chr(ord("A") + n)]
+    ends = [*(marker.start() for marker in found[1:]), len(question)][: len(found)]
+    texts = [question[marker.end() : end].strip() for marker, end in zip(found, ends, strict=True)]
+    texts = [text.split("\n")[0].rstrip(" ,;") for text in texts]
+    return tuple(texts) if len(texts) > 1 and all(texts) else None
+
+
+def likely_kind(answer, choices: Sequence[str] | None) -> str:
+    """How the answer of a row that does not say so is checked: `choice`, `letter` or `math`."""
+    for kind in ("choice", "letter") if choices else ():
+        try:
+            gold = prepare_gold(answer, kind, choices)
+        except ValueError:
+            continue
+        if kind == "choice" or re.fullmatch(r"\(?[A-J]\)?", gold):
+            return kind
+    return "math"
 
 
 def lettered(question: str, choices: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ import tyro
 
 from common.corruptions import check_corruptions, choose
 from common.data.examples import load_examples
-from common.data.prompts import check_template
+from common.data.messages import check_template
 from common.data.sets import SOURCES, special_scores
 from common.evaluation.accuracy import aligned, evaluate, table
 from common.evaluation.robustness import (
@@ -59,6 +59,8 @@ class Args:
     image_column: str = ""
     question_column: str = ""
     answer_column: str = ""
+    image_root: str = ""
+    """folder that image paths are relative to and must lie in (default: the data set's own)"""
     kind: str = ""
     """how answers are checked: math, int, letter, ..."""
     max_pixels: Natural = 0
@@ -142,7 +144,8 @@ def evaluate_on(args: Args) -> tuple[dict[str, dict], dict[str, dict]]:
     marks = {name: mark(newest_checkpoint(name)) for name in args.model}
     for held in marks.values():  # before the first one is evaluated
         check_model(held["checkpoint"])
-    columns = {name: getattr(args, name) for name in ("image_column", "question_column", "answer_column", "kind")}
+    names = ("image_column", "question_column", "answer_column", "kind", "image_root")
+    columns = {name: getattr(args, name) for name in names}
     limit = (500 if args.data == "puzzles" else 0) if args.limit is None else args.limit
     examples = load_examples(args.data, args.split, limit=limit or None, **columns)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,7 +8,8 @@ from PIL import Image
 
 from common.corruptions import corrupt
 from common.data.examples import Example
-from common.data.prompts import TEMPLATE, build_messages, replace_images
+from common.data.messages import TEMPLATE, build_messages
+from common.data.prompts import replace_images
 from common.model.load import Policy, encode_prompts
 from common.model.sampling import decode, sample, uniform_numbers
 from common.model.scoring import Scorer

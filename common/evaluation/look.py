@@ -27,7 +27,7 @@ import tyro
 from PIL import Image
 
 from common.data.examples import Example, load_examples
-from common.data.prompts import TEMPLATE, build_messages, check_template
+from common.data.messages import TEMPLATE, build_messages, check_template
 from common.evaluation.accuracy import aligned
 from common.evaluation.robustness import bootstrap
 from common.model.load import Policy, encode_prompts, load_policy, process_images
@@ -52,6 +52,8 @@ class Args:
     """puzzles, a .jsonl or .parquet file, a folder, or a hub id"""
     split: str = "test"
     """which part of it"""
+    image_root: str = ""
+    """folder that image paths are relative to and must lie in (default: the data set's own)"""
     limit: Count = 100
     """examples, the first of the split"""
     show: Count = 6
@@ -336,7 +338,7 @@ def main(args: Args) -> dict[str, dict]:
         raise SystemExit(f"--out {args.out}: cannot be made ({error.strerror})") from None
     titles = [Path(name).name for name in args.model]
     titles = titles if len(set(titles)) == len(titles) else list(args.model)  # short where they stay distinct
-    examples = load_examples(args.data, args.split, limit=args.limit)
+    examples = load_examples(args.data, args.split, limit=args.limit, image_root=args.image_root)
     examples = [examples[n] for n in range(len(examples))]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = {}

@@ -1,31 +1,24 @@
-"""Is a completion's answer right? Extraction, normalization and comparison, one kind of answer at a time.
+"""Is a completion's answer right? Extracted, normalized, read as an answer of its kind, and compared with the gold one.
 
-Text work runs here, in time linear in the text, without `eval` and without patterns that backtrack. Symbolic equality
-alone goes to math-verify, in a separate process that can be killed (`math_worker.py`); it is started when first
-needed, which the built-in puzzles never do.
+Text work runs here and in `reading.py`, in time linear in the text, without `eval` and without patterns that backtrack.
+Symbolic equality alone goes to math-verify, in a process that can be killed (`math_worker.py`); it is started when
+first needed, which the built-in puzzles never do.
 """
 
-import json
-import os
 import re
-import selectors
-import subprocess
-import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
-from pathlib import Path
-from queue import LifoQueue
+
+from common.rewards import reading
+from common.rewards.math_worker import WORKERS, same_expression
+from common.rewards.reading import RELATION, for_algebra, is_name, normalize, quantity, same_text, without_name
 
 KINDS = ("int", "math", "float3", "rounded", "relaxed", "letter", "letters", "choice", "time", "yesno", "exact")
 STATUSES = ("ok", "no_answer", "hedge", "unparsed", "too_long", "timeout", "error")
-LONGEST_COMPLETION, LONGEST_ANSWER, LONGEST_EXPRESSION, LONGEST_NUMBER = 65_536, 2_048, 512, 200  # characters
-DEADLINE, START_DEADLINE = 2.0, 60.0  # seconds, of one comparison and of the worker's imports
-MOST_TIMEOUTS = 8  # of a worker in one call of `score`; its further comparisons are then false without being tried
+LONGEST_COMPLETION, LONGEST_ANSWER = 65_536, 2_048  # characters
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ def score(
 
     Examples have `answer`, `kind` and `choices`.
     """
-    for worker in _workers:
+    for worker in WORKERS:
         worker.timeouts = 0
 
     def verdict(text: str, example) -> Verdict:
@@ -75,7 +68,7 @@ def score(
 
     if len(completions) != len(examples):
         raise ValueError(f"{len(completions)} completions for {len(examples)} examples")
-    with ThreadPoolExecutor(len(_workers) if any(e.kind == "math" for e in examples) else 1) as threads:
+    with ThreadPoolExecutor(len(WORKERS) if any(e.kind == "math" for e in examples) else 1) as threads:
         verdicts = list(threads.map(verdict, completions, examples))  # a thread waits for each worker
     counts = Counter(verdict.status for verdict in verdicts)
     return [float(verdict.correct) for verdict in verdicts], {status: counts[status] for status in STATUSES}
@@ -89,9 +82,13 @@ def prepare_gold(gold, kind: str, choices: Sequence[str] | None = None) -> str:
     """
     if kind not in KINDS:
         raise ValueError(f"unknown answer kind {kind!r}: choose one of {', '.join(KINDS)}")
+    if kind == "choice" and not choices:
+        raise ValueError("an answer of kind choice needs the options in a column choices or options")
     if isinstance(gold, list | tuple) and len(gold) == 1:
         gold = gold[0]
-    if gold is None or isinstance(gold, list | tuple | dict) or not str(gold).strip():
+    if isinstance(gold, list | tuple | dict):
+        raise ValueError(f"the answer is a {type(gold).__name__} ({str(gold)[:60]}); write it as one text")
+    if gold is None or not str(gold).strip():
         raise ValueError(f"no answer ({gold!r})")
     text = str(gold).strip()
     if "\\boxed" in text or "<answer>" in text.lower():
@@ -100,7 +97,7 @@ def prepare_gold(gold, kind: str, choices: Sequence[str] | None = None) -> str:
             raise ValueError(f"no answer inside {text[:60]!r}")
         text = found
     plain = normalize(text)
-    if kind == "choice" and choices:
+    if kind == "choice":
         usable = any(same_text(plain, normalize(choice)) for choice in choices)
     elif kind in READERS:
         usable = READERS[kind](plain, choices) is not None
@@ -128,23 +125,16 @@ def extract(completion: str, answer_format: str = "auto") -> tuple[str | None, s
     if closed >= 0:
         start = lower.index(">", closed) + 1
         text, lower = text[start:], lower[start:]
-    if answer_format in ("tag", "auto"):
-        found = {opened_in_place(content) for content in tagged(text, lower)} - {""}
-        if len(found) > 1:
-            return None, "hedge"
+    if answer_format in ("tag", "auto"):  # a second opening marker starts the pair again
+        pairs = re.finditer(r"<answer>((?:(?!</?answer>).)*)</answer>", lower, re.DOTALL)
+        found = {opened_in_place(text[pair.start(1) : pair.end(1)]) for pair in pairs} - {""}
         if found:
-            return found.pop(), "ok"
+            return (found.pop(), "ok") if len(found) == 1 else (None, "hedge")
     if answer_format in ("boxed", "auto"):
-        answer = opened_boxes(text)
-        if answer:
+        contents = dict.fromkeys(unbox(text[begin:end]) for begin, end in last_boxes(text))
+        if answer := ", ".join(filter(None, contents)):
             return answer, "ok"
     return None, "no_answer"
-
-
-def opened_boxes(text: str) -> str:
-    """What stands in the last boxes of a text, different contents after commas; empty where there is none."""
-    contents = dict.fromkeys(unbox(content.strip()) for content in last_boxes(text))
-    return ", ".join(content for content in contents if content)
 
 
 def opened_in_place(text: str) -> str:
@@ -153,8 +143,8 @@ def opened_in_place(text: str) -> str:
     if not spans:
         return text.strip()
     before, after = text[: spans[0][0]], text[spans[-1][1] :]
-    if len(spans) == 1 and only_words(before) and only_words(after) and not unit_of(" " + after.strip(" $.*")):
-        return unbox(text[spans[0][0] : spans[0][1]])
+    if len(spans) == 1 and only_words(before) and only_words(after) and not reading.unit_of(after.strip(" $.*")):
+        return unbox(text[slice(*spans[0])])
     start = spans[0][0] if only_words(before) else 0
     pieces = []
     for begin, end in spans:
@@ -171,20 +161,8 @@ def only_words(text: str) -> bool:
     )
 
 
-def tagged(text: str, lower: str) -> list[str]:
-    """What stands between <answer> and </answer>; a second opening marker starts the pair again."""
-    contents, start = [], None
-    for marker in re.finditer(r"</?answer>", lower):
-        if marker[0] == "<answer>":
-            start = marker.end()
-        elif start is not None:
-            contents.append(text[start : marker.start()])
-            start = None
-    return contents
-
-
 def box_spans(text: str) -> list[tuple[int, int]]:
-    """Where each \\boxed{...} begins and ends."""
+    """Where each \\boxed{...} begins and ends; one that is never closed is dropped, with everything after it."""
     boxes, position = [], 0
     while (begin := text.find("\\boxed{", position)) >= 0:
         depth = 0
@@ -193,230 +171,39 @@ def box_spans(text: str) -> list[tuple[int, int]]:
             if depth == 0 and brace[0] == "}":
                 break
         else:
-            break  # never closed: dropped, with everything after it
+            break
         position = begin + 6 + brace.end()
         boxes.append((begin, position))
     return boxes
 
 
-def last_boxes(text: str) -> list[str]:
-    """Contents of the last \\boxed{...} and of those before it that only an "or" or the like separates from it."""
+def last_boxes(text: str) -> list[tuple[int, int]]:
+    """The last \\boxed{...} and those before it that only an "or" or the like separates from it."""
     boxes = box_spans(text)
     joined = boxes[-1:]
     for box in reversed(boxes[:-1]):
         between = text[box[1] : joined[0][0]]
-        if len(between) > 40 or re.search(r"[.!?](\s|$)", between):
-            break
         words = re.sub(r"[\s$\\()\[\],;/.:*&]+", " ", between).lower().split()
-        if not set(words) <= _CONNECTIVES:
+        if len(between) > 40 or re.search(r"[.!?](\s|$)", between) or not set(words) <= _CONNECTIVES:
             break
         joined.insert(0, box)
-    return [text[begin + 7 : end - 1] for begin, end in joined]
+    return joined
 
 
 def unbox(answer: str) -> str:
     """An answer that is itself one \\boxed{...} is what stands in it."""
-    for _ in range(8):  # each time the whole text is read
-        if not (answer.startswith("\\boxed{") and answer.endswith("}")):
+    for _ in range(9):  # each time the whole text is read
+        if box_spans(answer) != [(0, len(answer))]:
             break
-        boxes = last_boxes(answer)
-        if len(boxes) != 1 or len(boxes[0]) != len(answer) - 8:
-            break
-        answer = boxes[0].strip()
+        answer = answer[7:-1].strip()
     return answer
 
 
-# ------------------------------------------------------------------------------------------------- normalization
-
-_SUPERSCRIPTS = {c: str(i) for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
-_SIGNS = {
-    "−": "-", "–": "-", "⁄": "/", "×": r"\times ", "·": r"\cdot ", "°": r"^\circ", "π": r"\pi ", "∞": r"\infty ",
-    "±": r"\pm ", "≈": r"\approx ", "∶": ":", "√": " sqrt",
-}  # fmt: skip
-_ABOUT = r"(?:\\approx|\\sim|about|approximately|approx\.?|roughly|around)"
-_TEXT = r"text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt)|operatorname|mbox|emph|boldsymbol|underline|fbox"
-
-
-def normalize(answer: str) -> str:
-    """One spelling for what means the same: Unicode digits and signs, LaTeX spacing and text commands."""
-    # Before NFKC, which would turn 10 squared into 102 and three and a half into 31/2.
-    answer = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda m: "^{" + "".join(map(_SUPERSCRIPTS.get, m[0])) + "}", answer)
-    for char in set(answer):
-        if unicodedata.category(char) == "No" and "⁄" in (parts := unicodedata.normalize("NFKC", char)):
-            answer = answer.replace(char, " " + parts.replace("⁄", "/"))
-    answer = unicodedata.normalize("NFKC", answer)
-    answer = "".join(
-        str(unicodedata.decimal(c)) if c.isdecimal() else _SIGNS.get(c, c)
-        for c in answer
-        if unicodedata.category(c) != "Cf"
-    )
-    if answer.count("**") == 1:
-        answer = answer.replace("**", "^")  # a power, not emphasis
-    answer = re.sub(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![a-zA-Z])|\\\$|\\[,!;:()\[\]]|\$|\*\*", "", answer)
-    answer = answer.replace("\\ ", " ").replace("~", " ").replace("\\%", "%").replace("{,}", ",")
-    answer = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", answer)
-    # From left to right, as it is written: the parser would take 4/3\pi for 4/(3\pi).
-    answer = re.sub(r"(?<![\w.^/)\]}])(\d+) ?/ ?(\d+)(?= ?\\[a-z])", r"\\frac{\1}{\2}", answer)
-    for _ in range(3):
-        answer = re.sub(rf"\\(?:{_TEXT})\s?\{{([^{{}}]*)\}}", r"\1", answer)
-    answer = re.sub(r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi ", answer)
-    answer = re.sub(
-        r"(?<![\\a-zA-Z])sqrt ?(?:\(([^(){}]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|[a-zA-Z](?![a-zA-Z])))",
-        lambda match: rf"\sqrt{{{match[1] or match[2] or match[3] or ''}}}",
-        answer,
-    )
-    answer = " ".join(answer.split())
-    return answer.removesuffix(".").strip() if answer != "." else ""
-
-
-def same_text(one: str, other: str) -> bool:
-    return "".join(one.casefold().split()) == "".join(other.casefold().split())
-
-
-# ------------------------------------------------------------------------------------------------- numbers
-
-_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
-_POWER = r"e([+-]?\d{1,3})| ?\\(?:times|cdot) ?10\^(?:\{ ?([+-]?\d{1,3}) ?\}|(\d))"
-_PLAIN = re.compile(rf"([+-]?) ?({_DECIMAL})(?:{_POWER})?", re.IGNORECASE)
-_FRACTION = re.compile(
-    rf"([+-]?) ?(?:(\d+) ?)??(?:\\frac ?(?:\{{ ?([+-]?{_DECIMAL}) ?\}} ?\{{ ?([+-]?{_DECIMAL}) ?\}}|(\d) ?(\d))"
-    rf"|({_DECIMAL}) ?/ ?({_DECIMAL}))"
-)
-_SPELLINGS = (  # of units: the first of a line stands for all
-    "mm millimeter millimeters millimetre millimetres", "cm centimeter centimeters centimetre centimetres", "dm",
-    "m meter meters metre metres", "km kilometer kilometers kilometre kilometres", "in inch inches", "ft foot feet",
-    "yd yds yard yards", "mi mile miles", "mg milligram milligrams", "g gram grams", "kg kgs kilogram kilograms",
-    "lb lbs pound pounds", "oz ounce ounces", "ml milliliter milliliters", "l liter liters litre litres",
-    "s sec secs second seconds", "min mins minute minutes", "h hr hrs hour hours", "day days", "week weeks",
-    "month months", "year years", "unit units", "deg degree degrees", "rad radian radians", "dollar dollars",
-    "cent cents", "euro euros", "mph", "% percent", "n newton newtons", "j joule joules", "w watt watts",
-    "v volt volts", "a ampere amperes amp amps", "hz", "k kelvin", "c", "f", "pa", "kpa", "mol mole moles",
-)  # fmt: skip
-_UNIT = {spelling: line.split()[0] for line in _SPELLINGS for spelling in line.split()}
-_UNITS = "|".join(spelling for spelling in _UNIT if spelling != "%")
-_QUANTITY_END = re.compile(
-    r" ?(?:(%)|(\^ ?(?:\\circ|\{ ?\\circ ?\}) ?[CF]?)"
-    rf"|(square |sq\.? |cubic )?({_UNITS})(?: ?/ ?({_UNITS}))?(?: ?\^ ?\{{?([23])\}}?)?)\.?",
-    re.IGNORECASE | re.ASCII,  # else a dotless i matches an i
-)
-
-
-def unit_of(text: str) -> str | None:
-    """One spelling of the unit that stands behind a number: `m2` for `m^2`, `square meters` and the like."""
-    match = _QUANTITY_END.fullmatch(text)
-    if not match:
-        return None
-    percent, degrees, power, name, per, exponent = match.groups()
-    if percent or degrees:
-        return "%" if percent else "deg"
-    if len(text) == 1 and text not in "mgslhACFJKLNVW":
-        return None  # 2a and 4n are algebra
-    exponent = exponent or {"s": "2", "c": "3"}.get((power or " ")[0].lower(), "")
-    return _UNIT[name.lower()] + exponent + (f"/{_UNIT[per.lower()]}" if per else "")
-
-
-def decimal(text: str) -> Fraction | None:
-    """A decimal literal, thousands commas and powers of ten included, as an exact number."""
-    match = _PLAIN.fullmatch(text) if len(text) <= LONGEST_NUMBER else None
-    if not match:
-        return None
-    sign, digits, *exponents = match.groups()
-    value = Fraction(digits.replace(",", "").rstrip(".") or "0")
-    value *= Fraction(10) ** int(next((e for e in exponents if e), "0"))
-    return -value if sign == "-" else value
-
-
-def number(text: str) -> Fraction | None:
-    """A literal number: a decimal, a fraction, or a mixed number. Nothing is computed."""
-    value = decimal(text)
-    if value is not None or len(text) > LONGEST_NUMBER:
-        return value
-    match = _FRACTION.fullmatch(text)
-    if not match:
-        return None
-    sign, whole, *parts = match.groups()
-    top, bottom = (decimal(part) for part in parts if part is not None)
-    if not bottom:
-        return None
-    value = int(whole or 0) + top / bottom
-    return -value if sign == "-" else value
-
-
-def quantity(text: str) -> tuple[Fraction, str] | None:
-    """A literal number and its unit (empty: none)."""
-    text = text.strip().removeprefix("€").removeprefix("£").removeprefix("¥").strip()
-    value = number(text)
-    if value is not None:
-        return value, ""
-    if len(text) > LONGEST_NUMBER:
-        return None
-    for end in re.finditer(r"(?<=[\d}.]) ?(?=[%^a-zA-Z])", text):  # where a number may stop and a unit start
-        unit = unit_of(text[end.start() :])
-        if unit and (value := number(text[: end.start()].strip())) is not None:
-            return value, unit
-    return None
-
-
-def without_unit(text: str) -> tuple[str, str]:
-    """`12\\sqrt{3} cm^2` as `12\\sqrt{3}` and `cm2`. Of single letters only an `m` set apart is a unit here."""
-    for end in re.finditer(r"(?:(?<=[})])|(?<=\\pi))( ?)(?=[a-zA-Z])", text):
-        rest = text[end.end() :]
-        unit = unit_of(rest)
-        if unit and (rest[1:2].isalpha() or (rest[0] == "m" and end[1])):
-            return text[: end.start()], unit
-    return text, ""
-
-
-def same_quantity(one: tuple[Fraction, str], gold: tuple[Fraction, str]) -> bool:
-    """Equal to one in a million. A unit that only one side has is ignored; two different ones are not converted."""
-    (value, unit), (target, gold_unit) = one, gold
-
-    def close(a: Fraction, b: Fraction) -> bool:
-        return abs(a - b) <= abs(b) / 1_000_000
-
-    if unit and gold_unit and unit != gold_unit:
-        return False
-    if (unit == "%") != (gold_unit == "%"):
-        return close(value, target) or close(value / 100 if unit == "%" else value * 100, target)
-    return close(value, target)
-
-
-def without_name(text: str) -> str:
-    """`x = 5`, `x \\approx 5` and `about 5` as `5`."""
-    text = re.sub(r"^\\?[a-zA-Z]\w{0,10} ?(?:= ?|(?=\\approx))", "", text)
-    return re.sub(rf"^{_ABOUT} ?(?=[-+\d.\\])", "", text)
-
-
-# Words beside a number that make another one of it.
-_CHANGE = set("hundred thousand million billion trillion dozen squared cubed not".split())
-
-
-def integer(text: str, _choices=None) -> int | None:
-    """The one whole number that a text states: a literal, or a sentence with a single number and no operator."""
-    text = without_name(text)
-    value = decimal(text)
-    if value is None and (with_unit := quantity(text)) and "/" not in text and "\\frac" not in text:
-        value = with_unit[0]
-    if value is None:
-        numbers = re.findall(rf"(?<![\w.,])-?{_DECIMAL}(?![\d,]*\d)", text)
-        digits = len(re.findall(r"\d+", text))
-        if (
-            len(numbers) != 1
-            or {"than", *_CHANGE} & set(text.lower().split())
-            or digits != len(re.findall(r"\d+", numbers[0]))
-            or re.search(r"[+*/^=\\\[\]{}<>]| - ", text)
-        ):
-            return None
-        value = decimal(numbers[0])
-    return int(value) if value is not None and value.denominator == 1 else None
-
-
-# ------------------------------------------------------------------------------------------------- the other readers
-
+# ------------------------------------------------------------------------------------------------- options and words
 
 _LEAD = re.compile(
-    r"(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:correct |final |right |best )?"
-    r"(?:answer|ans|options?|choice)(?: is)?[:.]? (?:option |choice )?",
+    r"(?:(?:so|thus|hence|therefore),? )?(?:the |my )?(?:correct |final |right |best )?"
+    r"(?:answer|ans|options?|choice|letter)(?: is)?[:.]? (?:option |choice )?",
     re.IGNORECASE,
 )
 _OTHER_LETTER = re.compile(  # behind a first one: `or B`, `, (B)`, `(B)`, `B.` and the like
@@ -432,7 +219,7 @@ def without_lead(text: str) -> str:
 
 def same_option(one: str, other: str) -> bool:
     numbers = quantity(one), quantity(other)
-    return same_text(one, other) or (all(numbers) and same_quantity(*numbers))
+    return same_text(one, other) or (all(numbers) and reading.same_quantity(*numbers))
 
 
 def by_letter(choices: Sequence[str] | None) -> dict[str, str]:
@@ -445,73 +232,62 @@ def letter(text: str, choices: Sequence[str] | None = None) -> str | None:
 
     Behind the letter the text may be put otherwise, but not be another option's, and no second letter may follow.
     """
-    options = by_letter(choices)
-    spoken = without_lead(text)
-    match = re.fullmatch(r"[\"'`*_(\[{\\]{0,3}([a-zA-Z])[\"'`*_)\]}\\]{0,3}[.:,;]?", spoken)
-    if match:
+    options, spoken = by_letter(choices), without_lead(text)
+    if match := re.fullmatch(r"[\"'`*_(\[{\\]{0,3}([a-zA-Z])[\"'`*_)\]}\\]{0,3}[.:,;]?", spoken):
         return match[1].upper()
     for same in (same_text, same_option):
         named = [name for name, o in options.items() if same(o, text) or same(o, without_name(spoken))]
         if len(named) == 1:
             return named[0]
-    match = re.fullmatch(r"([A-Z])(?: ?[-,] | )(.+)", spoken)
-    if match:  # without a mark behind the letter only with that option's own text, as `B 12 cm` or `B (12 cm)`
-        rest = match[2][1:-1] if match[2].startswith("(") and match[2].endswith(")") else match[2]
-        named = [name for name, option in options.items() if same_option(option, rest)]
-        return match[1] if named == [match[1]] else None
-    match = re.fullmatch(r"(?:\(([a-z])\)[.:]?|([a-z])[.:)]) ?(.+)", spoken, re.IGNORECASE)
+    # An A before other words is an article: without a mark behind it only with that option's text, as `B 12 cm`.
+    match = re.fullmatch(r"(?:(?i:\(([a-z])\)[.:]?|([a-z])[.:)]) ?|([A-Z])(?: ?[-,] | ))(.+)", spoken)
     if not match:
-        return None  # an A before other words is an article, not an answer
-    name, rest = match[1] or match[2], match[3]
-    own = options.pop(name.upper(), None)
-    if own is not None and same_text(own, rest):
-        return name.upper()
-    if (choices and own is None) or any(
-        same_option(other, without_name(part.strip()))  # `B. 60 or 75`
-        for part in re.split(r"[,;]| or | and ", rest)
-        for other in options.values()
-    ):
         return None
-    return None if _OTHER_LETTER.search(rest if name.isupper() else rest.upper()) else name.upper()
+    name, rest = (match[1] or match[2] or match[3]).upper(), match[4]
+    if match[3]:
+        rest = rest[1:-1] if rest.startswith("(") and rest.endswith(")") else rest
+        return name if [other for other, option in options.items() if same_option(option, rest)] == [name] else None
+    own = options.pop(name, None)
+    if own is not None and same_text(own, rest):
+        return name
+    parts = [without_name(part.strip()) for part in re.split(r"[,;]| or | and ", rest)]  # `B. 60 or 75`
+    if (choices and own is None) or any(same_option(option, part) for part in parts for option in options.values()):
+        return None
+    return None if _OTHER_LETTER.search(rest if spoken.strip("(")[0].isupper() else rest.upper()) else name
 
 
 def letters(text: str, _choices=None) -> frozenset[str] | None:
-    """The set of letters in `A, C` or `(A) and (C)`, or the one of `A. its text`."""
-    parts = [part for part in re.split(r"[,;&{}\[\]\\\s]+|and", without_lead(text)) if part]
-    found = [re.fullmatch(r"\(?([A-Za-z])\)?\.?", part) for part in parts]
-    if parts and all(found):
-        return frozenset(m[1].upper() for m in found)
+    """The set of letters in `A, C`, `AC` or `(A) and (C)`, or the one of `A. its text`."""
+    spoken = without_lead(text)
+    parts = list(spoken) if re.fullmatch(r"[A-H]{2,8}", spoken) else re.split(r"[,;&{}\[\]\\\s]+|and", spoken)
+    found = [re.fullmatch(r"\(?([A-Za-z])\)?\.?", part) for part in parts if part]
+    if found and all(found):
+        return frozenset(match[1].upper() for match in found)
     one = letter(text)
     return frozenset(one) if one else None
 
 
-def clock(text: str, _choices=None) -> tuple[int, int] | None:
-    """Hours on a twelve-hour dial, and minutes."""
-    text = re.sub(r"^(?:it|the time) is ", "", without_lead(text), flags=re.IGNORECASE)
-    match = re.fullmatch(r"(\d{1,2}):(\d{2})(?::00)?(?: ?[ap]\.?m\.?| o'clock)?", text, re.IGNORECASE)
-    if not match or int(match[1]) > 24 or int(match[2]) > 59:
-        return None
-    return int(match[1]) % 12, int(match[2])
-
-
 def yes_or_no(text: str, _choices=None) -> str | None:
-    words = re.findall(r"[a-z]+", without_lead(text).lower())
-    if not words or words[0] not in ("yes", "no"):
-        return None
-    return None if {"yes", "no"} <= set(words) else words[0]
+    """The first word, unless another yes or no stands behind it as an answer of its own."""
+    words = re.findall(r"[a-z]+|[^a-z\s]", re.sub("[*_\"'`]", "", without_lead(text).lower()))
+    said = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
+    found = said.get(words[0]) if words else None
+    for before, word, after in zip(words, words[1:], [*words[2:], "."], strict=False):
+        if said.get(word, found) != found and (not after.isalpha() or before in ("or", "and", "/")):
+            return None
+    return found
 
 
-def real(text: str, _choices=None) -> Fraction | None:
-    """The one number of a text, its unit dropped, per cent as hundredths."""
-    value = quantity(without_name(without_lead(text)))
-    return None if value is None else value[0] / 100 if value[1] == "%" else value[0]
+def real(text: str, _choices=None) -> reading.Quantity | None:
+    """The one number of a text, with its unit."""
+    return quantity(without_name(without_lead(text)))
 
 
 READERS = {
-    "int": integer,
+    "int": lambda text, _choices=None: reading.integer(without_lead(text)),
     "letter": letter,
     "letters": letters,
-    "time": clock,
+    "time": lambda text, _choices=None: reading.clock(without_lead(text)),
     "yesno": yes_or_no,
     "float3": real,
     "rounded": real,
@@ -523,15 +299,13 @@ READERS = {
 
 def compare(answer: str, gold: str, kind: str, choices: Sequence[str] | None = None) -> tuple[bool, str]:
     """Whether two normalized answers agree as answers of that kind, and the status."""
+    if kind not in KINDS:
+        return False, "error"
     if kind == "math":
         return same_math(answer, gold)
     if kind == "exact":
-        return gold.casefold() in (answer.casefold(), without_lead(answer).casefold()), "ok"
-    if kind == "relaxed":
-        value, target = real(answer), real(gold)
-        if value is None or not target:
-            return same_text(answer, gold), "ok"
-        return abs(value - target) <= abs(target) / 20, "ok"
+        wanted, *found = (text.casefold().strip("\"'`*_") for text in (gold, answer, without_lead(answer)))
+        return wanted in found, "ok"
     if kind == "choice":
         found, options = letter(answer, choices), by_letter(choices)
         # Options may be letters or numbers themselves: their text goes before their place.
@@ -539,67 +313,84 @@ def compare(answer: str, gold: str, kind: str, choices: Sequence[str] | None = N
             if any(same_text(option, said) for option in options.values()):
                 return same_text(said, gold), "ok"
         return same_text(options.get(found, ""), gold), "ok" if found else "unparsed"
-    if kind not in READERS:
-        return False, "error"
-    found, target = READERS[kind](answer, choices), READERS[kind](gold, choices)
+    read = READERS.get(kind, real)
+    found, target = read(answer, choices), read(gold, choices)
+    if kind == "relaxed" and not (found and target and target[0]):
+        return same_text(answer, gold), "ok"
     if found is None or target is None:
         return False, "unparsed"
-    if kind == "float3":
-        return abs(found - target) <= Fraction(1, 1000), "ok"
-    if kind == "rounded":  # to the decimals that the gold answer is written with
-        return abs(found - target) <= half_a_place(gold), "ok"
+    if read is real:
+        within = {"float3": Fraction(1, 1000), "relaxed": abs(target[0]) / 20}
+        within = within.get(kind, reading.half_a_place(gold))  # to the decimals that the gold answer is written with
+        return any(abs(value - target[0]) <= within for value in reading.in_unit_of(found, target)), "ok"
+    if kind == "time":  # where both say which half of the day it is, the same
+        halves = [re.findall(r"\b([ap])\.?m\b", text.lower()) for text in (answer, gold)]
+        return found == target and (not all(halves) or halves[0] == halves[1]), "ok"
     return found == target, "ok"
 
 
-def half_a_place(gold: str) -> Fraction:
-    """Half a unit of the last decimal of `1.50`, `12 cm` and `50%`; nothing beside fractions and powers of ten."""
-    match = re.match(rf"[+-]? ?{_DECIMAL}(?! ?[\d.,/\\e])", gold)
-    if not match:
-        return Fraction(0)
-    return Fraction(1, 2 * 10 ** (len(match[0].partition(".")[2]) + 2 * (unit_of(gold[match.end() :]) == "%")))
-
-
 def same_math(answer: str, gold: str, depth: int = 0) -> tuple[bool, str]:
-    """Equal text, then equal quantities, then lists, sets, tuples and intervals by element, then symbolic equality."""
+    """Equal text, quantities, relations, lists, sets, tuples, intervals and matrices by element, or expressions."""
     if same_text(answer, gold):
         return True, "ok"
-    answer = without_lead(answer)
-    if gold.startswith("("):  # `(x, y) = (3, 2)`, `P(3, 2)`
-        answer = re.sub(r"^(?:\([a-z], ?[a-z]\) ?=|[A-Z]'{0,2} ?=?) ?(?=\()", "", answer)
-    if "=" not in gold and answer.count("=") < 2:  # with more, names may tell the elements of a list apart
-        answer = without_name(answer)
-    elif "=" not in answer and gold.count("=") < 2:
-        gold = without_name(gold)
-    if same_text(answer, gold):
-        return True, "ok"
-    value, target = quantity(answer), quantity(gold)
-    if value and target:
-        return same_quantity(value, target), "ok"
-    words = re.fullmatch(rf"([-+]?{_DECIMAL}) ((?:[A-Za-z]{{3,}}(?: |$)){{1,3}})", answer) if target else None
-    if words:  # `12 people`
-        counted = not {"times", "plus", "minus", "over", "and", *_CHANGE} & set(words[2].lower().split())
-        return counted and same_quantity((number(words[1]), ""), target), "ok"
+    if re.fullmatch(r"\(?[A-Z]\)?", gold):  # the letter of an option, or a point
+        return letter(answer) == letter(gold), "ok"
+    answer = reading.relations_as_signs(without_lead(answer))
+    if gold.startswith("("):  # `P(3, 2)`
+        answer = re.sub(r"^[A-Z]'{0,2} ?(?=\()", "", answer)
+    exact, about, rounded = (part.strip() for part in answer.partition(r"\approx"))
+    if about and exact and not is_name(exact):
+        return same_about(exact, rounded, gold, depth)
+    listed = "," in as_list(answer)
+    if "=" in gold and "=" in answer and not listed:
+        names = [text.split("=")[0].strip() for text in (answer, gold)]
+        if not all(map(is_name, names)) or (len(names[0]) == len(names[1]) == 1 and names[0] != names[1]):
+            return same_expression(answer, gold)  # equations
+    if "=" in answer and not listed and len(sides := reading.values(answer)) > 1:  # `x = 5 + 7 = 12`
+        return all(same_math(side, gold, depth)[0] for side in sides), "ok"
+    answer, gold = (without_name(text) if text.count("=") < 2 else text for text in (answer, gold))
+    related = [RELATION.search(text) is not None for text in (answer, gold)]
+    if any(related):
+        intervals = [reading.as_interval(t) if r else t for t, r in zip((answer, gold), related, strict=True)]
+        if all(intervals):
+            return same_math(*intervals, depth)
+        return same_expression(answer, gold) if all(related) else (False, "ok")
+    numbers = quantity(answer), quantity(gold)
+    if all(numbers):
+        return reading.same_quantity(*numbers), "ok"
     if all(re.fullmatch(r"[A-Za-z ]{3,}", text) for text in (answer, gold)):
-        return False, "ok"  # words, or letters in order, which algebra would take for products
-    (answer, unit), (gold, gold_unit) = without_unit(answer), without_unit(gold)
-    if unit and gold_unit and unit != gold_unit:
+        return same_text(answer, gold), "ok"  # words, or letters in order, which algebra would take for products
+    (answer, unit), (gold, gold_unit) = reading.without_unit(answer), reading.without_unit(gold)
+    if unit and gold_unit and unit[1:] != gold_unit[1:]:
         return False, "ok"
     parts, gold_parts = elements(as_list(answer)), elements(as_list(gold))
-    if (parts or gold_parts) and depth == 0:
+    if (parts or gold_parts) and depth < 3:
         if parts and not parts[0] and not gold_parts and " or " in answer:  # `5/2 or 2.5`
-            return all(same_math(part, gold, depth=1)[0] for part in parts[1]), "ok"
-        if not parts or not gold_parts or len(parts[1]) != len(gold_parts[1]):
-            return False, "ok"
-        return same_elements(parts, gold_parts)
-    worker = _idle.get()
-    try:
-        return worker.equal(answer, gold)
-    finally:
-        _idle.put(worker)
+            return all(same_math(part, gold, depth + 1)[0] for part in parts[1]), "ok"
+        return bool(parts and gold_parts) and same_elements(parts, gold_parts, depth + 1), "ok"
+    return (True, "ok") if same_text(answer, gold) else same_expression(for_algebra(answer), for_algebra(gold))
+
+
+def same_about(exact: str, rounded: str, gold: str, depth: int) -> tuple[bool, str]:
+    """`\\sqrt{2} \\approx 1.41` as either of its sides, where one is the other rounded."""
+    numbers = quantity(exact), quantity(rounded)
+    if all(numbers) and abs(numbers[0][0] - numbers[1][0]) > abs(numbers[0][0]) / 100:
+        return False, "ok"  # `12 \approx 13`
+    if r"\approx" in rounded:
+        return False, "unparsed"
+    if same_math(exact, gold, depth)[0]:
+        return True, "ok"
+    right, status = same_math(rounded, gold, depth)
+    digits = len(rounded.partition(".")[2])
+    return right and same_expression(for_algebra(exact), for_algebra(rounded), digits)[0], status
 
 
 def as_list(text: str) -> str:
-    """`3 and 5`, `3; 5` and `3 or 5` as `3, 5`, `a \\pm b` as `a + b, a - b`."""
+    """`3 and 5`, `3; 5` and `3 or 5` as `3, 5`, `a \\pm b` as `a + b, a - b`, a matrix as a list of its rows."""
+    matrix = re.fullmatch(r"[\[(]? ?\\begin ?\{([pb]?matrix|array)\} ?(?:\{[clr| ]+\})?(.*)\\end ?\{\1\} ?[\])]?", text)
+    if matrix and "\\end" not in matrix[2]:
+        rows = [row.replace("&", ",") for row in matrix[2].split("\\\\") if row.strip()]
+        return f"[[{'], ['.join(rows)}]]"
     if text.count(r"\pm") == 1 and "," not in text:
         plus, minus = (text.replace(r"\pm", sign).strip() for sign in "+-")
         text = f"{plus.removeprefix('+')}, {minus}"
@@ -607,24 +398,25 @@ def as_list(text: str) -> str:
 
 
 def elements(text: str) -> tuple[str, list[str]] | None:
-    """The brackets around a list (`()`, `[)`, `{}` or none) and what stands between its outer commas."""
-    brackets = ""
-    inner = text
+    """The brackets around a list (`()`, `[)`, `{}` or none) and what stands between its outer commas, or unions."""
+    brackets, inner, comma = "", text, ","
     for opening, closing in (("\\{", "\\}"), ("{", "}"), ("(", ")"), ("(", "]"), ("[", ")"), ("[", "]")):
         if len(text) > 2 and text.startswith(opening) and text.endswith(closing):
             brackets, inner = opening[-1] + closing[-1], text[len(opening) : -len(closing)]
             break
-    parts, depth, start = [], 0, 0
-    for place, char in enumerate(inner):
+    if r"\cup" in text:
+        brackets, inner, comma = "{}", text.replace(r"\cup", "\0"), "\0"
+    parts, depth = [""], 0
+    for char in inner:
         depth += (char in "([{") - (char in ")]}")
         if depth < 0:
             return None
-        if char == "," and depth == 0:
-            parts.append(inner[start:place].strip())
-            start = place + 1
-    parts.append(inner[start:].strip())
-    parts = [part for part in parts if part]
-    if depth or (len(parts) == 1 and brackets != "{}") or not 0 < len(parts) <= 32:
+        if char == comma and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    parts = [part.strip() for part in parts if part.strip()]
+    if depth or (len(parts) == 1 and brackets not in ("{}", "[]")) or not 0 < len(parts) <= 32:
         return None
     return brackets, parts
 
@@ -636,102 +428,23 @@ def by_name(parts: list[str]) -> dict[str, str] | None:
     return table if len(table) == len(parts) else None
 
 
-def same_elements(one: tuple[str, list[str]], gold: tuple[str, list[str]]) -> tuple[bool, str]:
+def same_elements(one: tuple[str, list[str]], gold: tuple[str, list[str]], depth: int) -> bool:
     (brackets, parts), (gold_brackets, targets) = one, gold
-    if brackets and gold_brackets and brackets != gold_brackets:
-        return False, "ok"
+    either = not (brackets and gold_brackets) and gold_brackets not in ("[)", "(]")
+    if len(parts) != len(targets) or (brackets != gold_brackets and not either):
+        return False
     named, gold_named = by_name(parts), by_name(targets)
     if named and gold_named:
-        return named.keys() == gold_named.keys() and all(same_math(named[n], gold_named[n], 1)[0] for n in named), "ok"
+        return named.keys() == gold_named.keys() and all(same_math(named[n], gold_named[n], depth)[0] for n in named)
     ordered = bool(gold_brackets or gold_named) and gold_brackets != "{}"
     if ordered and named and named.keys() <= set("xyz"):
         parts = [named[name] for name in sorted(named)]
+    if ordered:
+        return all(same_math(*pair, depth)[0] for pair in zip(parts, targets, strict=True))
     left = list(targets)
-    for i, part in enumerate(parts):
-        for target in [targets[i]] if ordered else left:
-            if same_math(part, target, depth=1)[0]:
-                left.remove(target)
-                break
-        else:
-            return False, "ok"
-    return True, "ok"
-
-
-# ------------------------------------------------------------------------------------------------- symbolic equality
-
-_TOO_HEAVY = re.compile(
-    r"\^ ?(?:[^{\s] ?|\{[^}]{0,60})\^"  # a power in an exponent
-    r"|\d{16}|(?:e|\^ ?\{? ?[+-]?)\d{3}"  # numbers and exponents that are written to be large
-    r"|(?:[)\]}!]|\d{3}) ?!"  # factorials of anything but a small number
-    r"|\\(?:int|sum|prod|lim|binom)",
-    re.IGNORECASE,
-)
-
-
-def symbolic_work_is_bounded(text: str) -> bool:
-    """Refuse what could keep a computer algebra system busy, and what it would read although brackets are open."""
-    opened, closed = sum(map(text.count, "([{")), sum(map(text.count, ")]}"))
-    return len(text) <= LONGEST_EXPRESSION and opened == closed <= 60 and _TOO_HEAVY.search(text) is None
-
-
-class _Worker:
-    """The process that compares symbolically: started when first needed, killed when it takes too long."""
-
-    def __init__(self):
-        self.process, self.timeouts = None, 0
-        self.ask_once = lru_cache(maxsize=100_000)(self.ask)
-
-    def equal(self, answer: str, gold: str) -> tuple[bool, str]:
-        if not (symbolic_work_is_bounded(answer) and symbolic_work_is_bounded(gold)):
-            return False, "unparsed"
-        if self.timeouts >= MOST_TIMEOUTS:
-            return False, "timeout"
-        try:
-            return self.ask_once(answer, gold), "ok"
-        except TimeoutError:
-            self.timeouts += 1
-            return False, "timeout"
-
-    def ask(self, answer: str, gold: str) -> bool:
-        if self.process is None or self.process.poll() is not None:
-            self.start()
-        try:
-            self.process.stdin.write(json.dumps([answer, gold]) + "\n")
-            self.process.stdin.flush()
-            return self.read(DEADLINE)
-        except (OSError, ValueError):  # it died under the question
-            self.kill()
-            raise TimeoutError from None
-
-    def start(self) -> None:
-        root = str(Path(__file__).parents[2])
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "common.rewards.math_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            cwd=root,
-            env={**os.environ, "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""},
-        )
-        self.read(START_DEADLINE)
-
-    def read(self, seconds: float):
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.process.stdout, selectors.EVENT_READ)
-            if not selector.select(seconds):
-                self.kill()
-                raise TimeoutError
-        return json.loads(self.process.stdout.readline())
-
-    def kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
-            self.process = None
-
-
-_workers = [_Worker() for _ in range(min(8, os.cpu_count() or 1))]
-_idle: LifoQueue[_Worker] = LifoQueue()  # last in, first out: a second process starts when there is work for two
-for _worker in _workers:
-    _idle.put(_worker)
+    for part in parts:
+        match = next((target for target in left if same_math(part, target, depth)[0]), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return True

@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 import torch
 
-from common.rewards.answers import LONGEST_ANSWER, READERS, check, extract, normalize, number, score
+from common.rewards.answers import LONGEST_ANSWER, READERS, check, extract, score
+from common.rewards.reading import normalize, number
 
 REQUEST = "Think between <think> and </think>, then give only the final answer between <answer> and </answer>."
 # Weights of the sections, in the order in which they are to be written (2601.00215, table 6).

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from common.data.prompts import TEMPLATE
+from common.data.messages import TEMPLATE
 from common.model.load import Policy, load_policy, save_policy
 from common.model.processes import part_of
 from common.run.files import checksum, one_line, sync, write

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, NamedTuple, TypeVar, get_args, get_type_h
 import torch
 import tyro
 
-from common.data.prompts import TEMPLATE, check_template
+from common.data.messages import TEMPLATE, check_template
 from common.model.load import check_model
 from common.rewards.designs import check_markers, request_for
 
@@ -61,6 +61,9 @@ class Settings:
     image_column: str = ""  # column that holds the images (default: found by the usual names)
     question_column: str = ""  # column that holds the question (default: found by the usual names)
     answer_column: str = ""  # column that holds the answer (default: found by the usual names)
+    image_root: str = ""  # folder that image paths are relative to and must lie in (default: the data set's own)
+    max_prompt_length: Natural = 0
+    """longest prompt in tokens; longer ones are left out (0: what the model's context leaves beside a completion)"""
     kind: str = ""  # how answers are checked: math, int, letter, ... (default: math for data sets that do not say)
     prompt_template: str = TEMPLATE
     """what the model reads; {question} is filled in, and {request} with what the reward asks for"""

@@ -1,16 +1,22 @@
-"""Seconds that checking answers takes: numbers, letters, lists, and LaTeX that only symbolic comparison can judge.
+"""What checking answers costs, and how often it errs: seconds of many different answers, and the verdicts on the table
+of answers as models write them, `tests/answer_cases.jsonl`, against those that were reasoned one by one.
 
 python -m tests.benchmarks.answers --count 10000
 """
 
+import json
 import random
 import time
+from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import tyro
 
-from common.rewards.answers import score
+from common.rewards.answers import KINDS, score
+
+TABLE = Path(__file__).parents[1] / "answer_cases.jsonl"
 
 
 @dataclass
@@ -38,7 +44,26 @@ def answer(dice: random.Random, symbolic: bool) -> tuple[str, str, str]:
     )
 
 
+def verdicts(rows: list[dict]) -> None:
+    """Wrong that counted as right and right that counted as wrong, by kind; each by name."""
+    examples = [SimpleNamespace(answer=row["gold"], kind=row["kind"], choices=row["choices"]) for row in rows]
+    right, _ = score([row["completion"] for row in rows], examples)
+    outcomes = Counter()
+    for row, verdict in zip(rows, right, strict=True):
+        outcome = (row["kind"], bool(verdict), row["expected"])
+        outcomes[outcome] += 1
+        if verdict != row["expected"]:
+            print(f"{'false positive' if verdict else 'false negative'}: {row['completion']} for {row['gold']}")
+    print(f"{'kind':10}{'cases':>8}{'right':>8}{'false positives':>18}{'false negatives':>18}")
+    for kind in (*KINDS, ""):
+        cases = {outcome: count for outcome, count in outcomes.items() if not kind or outcome[0] == kind}
+        counts = [sum(cases.values()), sum(count for (_, _, expected), count in cases.items() if expected)]
+        counts += [sum(c for (_, v, e), c in cases.items() if (v, e) == wrong) for wrong in ((1, 0), (0, 1))]
+        print(f"{kind or 'all':10}{counts[0]:8}{counts[1]:8}{counts[2]:18}{counts[3]:18}")
+
+
 def main(options: Options) -> None:
+    verdicts([json.loads(line) for line in TABLE.read_text("utf-8").splitlines()])
     dice = random.Random(options.seed)
     rows = [answer(dice, dice.random() < options.symbolic) for _ in range(options.count)]
     completions = [f"<think>some reasoning</think><answer>{text}</answer>" for text, _, _ in rows]
