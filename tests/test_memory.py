@@ -1,17 +1,18 @@
 """What is held in memory, and for how long: traced on small models on the CPU, where it is the same as on a GPU."""
 
-from weakref import finalize, ref
+from weakref import ref
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from common.evaluation import accuracy as evaluate
-from common.model.sampling import Decoder, sample
+from common.model.decoder import Decoder, SlotDecoder
+from common.model.sampling import sample, uniform_numbers
 from common.model.scoring import Scorer, forward_completions, forward_prompts, token_logprobs
 from common.run.folder import memory_advice
 from tests.benchmarks.memory import Options, sampling, update
+from tests.peak_bytes import PeakBytes
 from tests.small_models import FAMILIES, small_policy, small_prompts
 
 GROUP, TOKENS = 8, 7
@@ -49,29 +50,6 @@ def test_scoring_keeps_the_prompts_keys_and_values_once_a_group(monkeypatch):
     once = prefix.keys[0].numel()
     assert [x.numel() for x in kept].count(once) == 2 * len(prefix.keys), "keys and values of each layer"
     assert max(x.numel() for x in kept) < GROUP * once, [tuple(x.shape) for x in kept]
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most bytes that results of operations hold at a time."""
-
-    def __init__(self):
-        super().__init__()
-        self.held, self.now, self.most = set(), 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage._cdata not in self.held:  # a view has another's
-                self.held.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                finalize(storage, self.free, storage._cdata, storage.nbytes())
-        return result
-
-    def free(self, key, nbytes):
-        self.held.remove(key)
-        self.now -= nbytes
 
 
 def score_and_go_back(policy, group: int, slice_tokens: int, tokens: int = 48):
@@ -161,7 +139,7 @@ def test_sampling_holds_nothing_of_the_prefix_while_it_decodes(monkeypatch):
         return step(self, tokens)
 
     monkeypatch.setattr("common.model.sampling.forward_prompts", forward_and_watch)
-    monkeypatch.setattr("common.model.sampling.Decoder.step", step_without_prefix)
+    monkeypatch.setattr("common.model.decoder.Decoder.step", step_without_prefix)
     sample(policy, prompts, 1, TOKENS, None, temperature=0)
 
 
@@ -173,6 +151,33 @@ def test_rows_that_ended_are_dropped_layer_by_layer():
         with AliveAtEach(torch.ops.aten.index.Tensor, decoder.caches + decoder.prompts) as held:
             decoder.keep(torch.tensor([0, 1, GROUP]))  # the third prompt has no row left
     assert set(held.counts) == set(range(7)), "each tensor is gone when the next one's rows are copied"
+
+
+def test_memory_of_sampling_is_bounded_by_the_slots(monkeypatch):
+    policy = small_policy()
+    policy.end_token_ids = list(range(20))
+    prompts, _, _ = small_prompts(policy, sizes=((32, 32),) * 3)
+    prompts, group, limit, slots = prompts.select([0, 1] * 32), 4, 64, 8
+    monkeypatch.setattr("common.model.decoder.BLOCK_TOKENS", 4)
+    blocks, rooms, step = set(), set(), SlotDecoder.step
+
+    def watched(self, tokens):
+        hidden = step(self, tokens)
+        blocks.add(self.caches[0].shape[2])
+        rooms.add(self.prompts[0].shape[2])
+        return hidden
+
+    def peak(slots: int) -> tuple[int, float]:
+        uniforms = uniform_numbers(0, 0, range(len(prompts) * group), limit)
+        with PeakBytes() as memory:
+            rollout = sample(policy, prompts, group, limit, uniforms, slots=slots)
+        return memory.most, float(rollout.completion_mask.sum(1).double().mean())
+
+    monkeypatch.setattr("common.model.decoder.SlotDecoder.step", watched)
+    whole, mean_length = peak(slots=0)
+    assert peak(slots)[0] < whole / 3
+    assert max(rooms) <= slots, "a prompt for each slot at the most"
+    assert mean_length < 20 and max(blocks) < 1 + slots * limit / 4 * 0.7, "rows that stay short hold little"
 
 
 @pytest.mark.parametrize(

@@ -323,11 +323,11 @@ def test_in_bfloat16_sampling_and_scoring_agree_within_a_bound(name, lora_rank, 
         assert a.dtype == b.dtype == torch.bfloat16, "CUDA's product takes no two precisions"
         return a.float() @ b.float()
 
-    monkeypatch.setattr("common.model.sampling.products", products)
+    monkeypatch.setattr("common.model.decoder.products", products)
     if float32_norms:
-        for module in ("layers", "scoring", "sampling"):
+        for module in ("layers", "scoring", "decoder"):
             monkeypatch.setattr(f"common.model.{module}.rms_norm", lambda x, norm: rms_norm(x.float(), norm))
-        monkeypatch.setattr("common.model.sampling.normalize", lambda x, eps: normalize(x.float(), eps))
+        monkeypatch.setattr("common.model.decoder.normalize", lambda x, eps: normalize(x.float(), eps))
     policy = load_policy(name if name == "tiny" else small_folder(name), lora_rank=lora_rank)
     for parameter in policy.model.parameters():
         if not parameter.requires_grad:
