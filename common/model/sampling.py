@@ -129,6 +129,7 @@ def sample(
                 prefix = forward_prompts(model, prompts.select(new)) if new else None
                 hidden[free] = decoder.admit(free, list(admitted), prefix)
                 del prefix
+                torch.clear_autocast_cache()
                 active[free] = torch.tensor(admitted, device=device)
                 lengths[free], going[free], last = 0, True, step + limit
     model.train(was_training)
