@@ -275,7 +275,9 @@ def main(args: Args) -> dict:
         meter.start()
         examples, prompts = drawn()
         uniforms = uniform_numbers(args.seed, step, numbers, limit)  # [R, T] in [0, 1)
-        rollout = sample(policy, prompts, args.group_size, limit, uniforms, args.temperature, args.top_p, args.top_k)
+        rollout = sample(
+            policy, prompts, args.group_size, limit, uniforms, args.temperature, args.top_p, args.top_k, args.slots
+        )
         ids, completion_mask = rollout.completion_ids, rollout.completion_mask  # [R, T]
         completions = decode(policy, rollout)
         meter.add("completions/mean_length", completion_mask.sum(1))

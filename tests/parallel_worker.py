@@ -1,17 +1,19 @@
-"""What each of two processes does in tests/test_parallel.py. The first one prints what it found."""
+"""What each of some processes does in tests/test_processes.py. The first one prints what it found."""
 
 import json
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common.model.load import Policy, encode_prompts, load_policy
-from common.model.processes import distribute, end_processes, gather_weights, whole
+from common.model.processes import distribute, end_processes, gather_weights, part_of, whole
 from common.model.sampling import sample, uniform_numbers
 from common.model.scoring import Scorer
 from tests.small_models import picture
@@ -32,7 +34,7 @@ def backward(scorer: torch.nn.Module, policy: Policy, number: int, factor: float
     (scorer(*question(policy, number)).logprobs.sum() * factor).backward()
 
 
-def main(folder: str, bfloat16: bool) -> None:
+def main(folder: str, bfloat16: bool, offload: bool) -> None:
     torch.set_num_threads(1)
     if bfloat16:
         Policy.autocast = lambda self: torch.autocast("cpu", dtype=torch.bfloat16)
@@ -41,7 +43,9 @@ def main(folder: str, bfloat16: bool) -> None:
     found = {"dtype": None}
 
     scorer = Scorer(policy, gradient_checkpointing=bfloat16)
-    trained_scorer, parameters = distribute(scorer, accelerator)
+    with patch("common.model.processes.fully_shard", wraps=fully_shard) as sharded:
+        trained_scorer, parameters = distribute(scorer, accelerator, offload)
+    found["offloaded"] = all(isinstance(c.kwargs["offload_policy"], CPUOffloadPolicy) for c in sharded.call_args_list)
     found["sharded"] = all(isinstance(p, DTensor) for p in parameters)
     found["own part"] = sum(p.to_local().numel() for p in parameters) / sum(p.numel() for p in parameters)
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
@@ -57,9 +61,12 @@ def main(folder: str, bfloat16: bool) -> None:
 
     found["gradient"], found["weights"] = [], []
     for step in range(2):
-        # The first process has three questions, the second one, which has no picture.
-        # Each backward call averages over processes, so the second one goes on with questions that weigh nothing.
-        for number, weight in [[(0, 1), (1, 1), (2, 1)], [(3, 1), (5, 0), (5, 0)]][accelerator.process_index]:
+        # The first process has three questions, the second one, which has no picture. A single one has all four. Each
+        # backward call averages over processes, so the second one goes on with questions that weigh nothing.
+        shares = [[(0, 1), (1, 1), (2, 1)], [(3, 1), (5, 0), (5, 0)]]
+        if accelerator.num_processes == 1:
+            shares = [[(0, 1), (1, 1), (2, 1), (3, 1)]]
+        for number, weight in shares[accelerator.process_index]:
             backward(trained_scorer, policy, number + 4 * step, weight * accelerator.num_processes)
         for master in masters:
             master.grad = torch.zeros_like(master)
@@ -86,6 +93,15 @@ def main(folder: str, bfloat16: bool) -> None:
         gaps = [(one - other).detach().abs().max() for one, other in zip(gathered, masters, strict=True)]
         found["weights"].append(float(max(gaps)))
 
+    state = whole(optimizer.state_dict(), keep=True)
+    for number, moments in state["state"].items():
+        moments |= {name: part_of(value, parameters[number]) for name, value in moments.items()}
+    resumed = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    resumed.load_state_dict(state)
+    pairs = [(optimizer.state[p], resumed.state[p]) for p in parameters]
+    same = [torch.equal(whole(a[name], True), whole(b[name], True)) for a, b in pairs for name in a]
+    found["optimizer restored"] = all(same) and len(same) == 3 * len(parameters)
+
     numbers = uniform_numbers(0, 0, range(2), 6)
     found["same samples"] = all(
         torch.equal(a, b)
@@ -103,4 +119,4 @@ def main(folder: str, bfloat16: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] == "bfloat16")
+    main(sys.argv[1], "bfloat16" in sys.argv, "offload" in sys.argv)

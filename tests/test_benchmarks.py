@@ -5,16 +5,16 @@ import torch
 from PIL import Image
 
 from common.model.load import encode_prompts, load_policy
+from common.model.memory import build_config
 from common.model.sampling import sample, uniform_numbers
 from tests.benchmarks import grpo_step
-from tests.benchmarks.memory import configuration
 from tests.benchmarks.random_model import SMALL, write_random_model
 
 
 @pytest.fixture(scope="module")
 def random_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("random")
-    write_random_model(configuration(SMALL), folder)
+    write_random_model(build_config("Qwen3-VL", *SMALL), folder)
     return folder
 
 

@@ -1,18 +1,34 @@
 """What is held in memory, and for how long: traced on small models on the CPU, where it is the same as on a GPU."""
 
-from weakref import finalize, ref
+import shutil
+from dataclasses import replace
+from weakref import ref
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 
 from common.evaluation import __main__ as command
-from common.model.sampling import Decoder, sample
+from common.model.decoder import Decoder, SlotDecoder
+from common.model.load import encode_prompts, load_policy
+from common.model.memory import (
+    Machine,
+    Work,
+    find_shape,
+    held,
+    on_host,
+    parse_machine,
+    plan,
+    sampling,
+    shape_of,
+    update,
+)
+from common.model.sampling import sample, uniform_numbers
 from common.model.scoring import Scorer, forward_completions, forward_prompts, token_logprobs
 from common.run.settings import memory_advice
-from tests.benchmarks.memory import Options, sampling, update
-from tests.small_models import FAMILIES, small_policy, small_prompts
+from tests.peak_bytes import PeakBytes
+from tests.small_models import FAMILIES, picture, small_folder, small_policy, small_prompts
 
 GROUP, TOKENS = 8, 7
 
@@ -49,29 +65,6 @@ def test_scoring_keeps_the_prompts_keys_and_values_once_a_group(monkeypatch):
     once = prefix.keys[0].numel()
     assert [x.numel() for x in kept].count(once) == 2 * len(prefix.keys), "keys and values of each layer"
     assert max(x.numel() for x in kept) < GROUP * once, [tuple(x.shape) for x in kept]
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most bytes that results of operations hold at a time."""
-
-    def __init__(self):
-        super().__init__()
-        self.held, self.now, self.most = set(), 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage._cdata not in self.held:  # a view has another's
-                self.held.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                finalize(storage, self.free, storage._cdata, storage.nbytes())
-        return result
-
-    def free(self, key, nbytes):
-        self.held.remove(key)
-        self.now -= nbytes
 
 
 def score_and_go_back(policy, group: int, slice_tokens: int, tokens: int = 48):
@@ -161,7 +154,7 @@ def test_sampling_holds_nothing_of_the_prefix_while_it_decodes(monkeypatch):
         return step(self, tokens)
 
     monkeypatch.setattr("common.model.sampling.forward_prompts", forward_and_watch)
-    monkeypatch.setattr("common.model.sampling.Decoder.step", step_without_prefix)
+    monkeypatch.setattr("common.model.decoder.Decoder.step", step_without_prefix)
     sample(policy, prompts, 1, TOKENS, None, temperature=0)
 
 
@@ -173,6 +166,33 @@ def test_rows_that_ended_are_dropped_layer_by_layer():
         with AliveAtEach(torch.ops.aten.index.Tensor, decoder.caches + decoder.prompts) as held:
             decoder.keep(torch.tensor([0, 1, GROUP]))  # the third prompt has no row left
     assert set(held.counts) == set(range(7)), "each tensor is gone when the next one's rows are copied"
+
+
+def test_memory_of_sampling_is_bounded_by_the_slots(monkeypatch):
+    policy = small_policy()
+    policy.end_token_ids = list(range(20))
+    prompts, _, _ = small_prompts(policy, sizes=((32, 32),) * 3)
+    prompts, group, limit, slots = prompts.select([0, 1] * 32), 4, 64, 8
+    monkeypatch.setattr("common.model.decoder.BLOCK_TOKENS", 4)
+    blocks, rooms, step = set(), set(), SlotDecoder.step
+
+    def watched(self, tokens):
+        hidden = step(self, tokens)
+        blocks.add(self.caches[0].shape[2])
+        rooms.add(self.prompts[0].shape[2])
+        return hidden
+
+    def peak(slots: int) -> tuple[int, float]:
+        uniforms = uniform_numbers(0, 0, range(len(prompts) * group), limit)
+        with PeakBytes() as memory:
+            rollout = sample(policy, prompts, group, limit, uniforms, slots=slots)
+        return memory.most, float(rollout.completion_mask.sum(1).double().mean())
+
+    monkeypatch.setattr("common.model.decoder.SlotDecoder.step", watched)
+    whole, mean_length = peak(slots=0)
+    assert peak(slots)[0] < whole / 3
+    assert max(rooms) <= slots, "a prompt for each slot at the most"
+    assert mean_length < 20 and max(blocks) < 1 + slots * limit / 4 * 0.7, "rows that stay short hold little"
 
 
 @pytest.mark.parametrize(
@@ -204,10 +224,170 @@ def test_every_form_of_running_out_of_memory_ends_in_one_line(error, monkeypatch
         assert "\n" not in line and not line.endswith("()")
 
 
-def test_the_computed_table_counts_evaluation_and_a_prompt_once_a_group():
-    options = Options(prompts=1, completion=1, image_tokens=4000)
-    one_row, many_rows = (sampling("4B", 1, rows, options) for rows in (1, 64))
-    assert many_rows == one_row, "a short completion takes less than the forward of its prompt, however large the group"
-    assert sampling("4B", 64, 64, options) > 20 * many_rows, "an evaluation's 64 prompts are 64 forwards"
-    small, large = (update("4B", True, Options(group_size=size, completion=2048)) for size in (8, 64))
+GPU = parse_machine("80 GB x 1")
+WORK = Work(prompts=8, group_size=8, completion=2048)
+SETTLED = replace(WORK, slots=64, micro_batch_tokens=16384, offload_optimizer=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("Qwen2-VL-2B", 2.209), ("Qwen2.5-VL-7B", 8.292), ("Qwen3-VL-4B", 4.438), ("Qwen3-VL-8B", 8.767)],
+)
+def test_published_sizes_have_the_parameters_that_they_are_published_with(name, billions):
+    assert find_shape(f"Qwen/{name}-Instruct").parameters / 1e9 == pytest.approx(billions, abs=1e-3)
+
+
+def test_a_folder_has_its_own_shape():
+    policy = small_policy(lora_rank=4)
+    shape = find_shape(small_folder("qwen3_vl"))
+    trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+    assert shape.lora_a_rank * 4 == trained
+    assert shape.parameters + trained == sum(p.numel() for p in policy.model.parameters())
+    assert shape.cached == 2 * 3 * 2 * 16 * 2
+
+
+def test_a_machine_is_written_in_words():
+    assert parse_machine("24 GB x 8, 256 GB") == Machine(24e9, 8, 256e9)
+    assert parse_machine("80GB") == Machine(80e9, 1, 0)
+    for text in ("80", "80 GB x 0", "0 GB x 1", "x 8"):
+        with pytest.raises(SystemExit, match=r"--plan .*: write it like '80 GB x 1'"):
+            parse_machine(text)
+
+
+def test_what_stays_is_bytes_a_parameter():
+    shape, cost = find_shape("Qwen/Qwen3-VL-4B"), {}
+    for name, work, processes in (
+        ("alone", SETTLED, 1),
+        ("eight", SETTLED, 8),
+        ("offload", replace(SETTLED, offload_optimizer=True), 1),
+        ("reference", replace(SETTLED, reference=True), 1),
+    ):
+        cost[name] = sum(held(shape, work, processes).values()) / shape.parameters
+    assert cost == {"alone": 18, "eight": 2 + 16 / 8 + 2, "offload": 4, "reference": 20}
+    assert on_host(shape, replace(SETTLED, offload_optimizer=True)) == 16 * shape.parameters
+    adapters = replace(SETTLED, lora_rank=64, reference=True)
+    assert "reference" not in held(shape, adapters, 1), "the model without its adapters"
+
+
+def test_a_plan_takes_what_is_fastest_and_fits():
+    def chosen(machine, **settings):
+        found = plan("Qwen/Qwen3-VL-4B", parse_machine(machine), replace(WORK, **settings))
+        assert found.fits and found.peak < 0.9 * found.machine.device
+        return found.work.offload_optimizer, found.work.slots, found.work.micro_batch_tokens
+
+    assert chosen("141 GB x 1") == (False, 64, 16384)
+    assert chosen("80 GB x 1") == (True, 64, 16384), "masters leave the device before anything gets smaller"
+    offload, slots, _ = chosen("80 GB x 8", prompts=48)
+    assert not offload and 64 < slots < 384 and slots % 8 == 0
+    assert chosen("80 GB x 8", prompts=48, slots=16)[1] == 16, "what is given stays"
+    assert chosen("80 GB x 1", slots=0)[1] == 64, "0: all rows"
+    assert chosen("24 GB x 1", lora_rank=64)[0] is False
+
+
+@pytest.mark.parametrize(
+    ("machine", "settings", "advice"),
+    [
+        ("24 GB x 1", {}, "it fits with --lora-rank 64"),
+        ("80 GB x 1", {"offload_optimizer": False}, "it fits with --offload-optimizer"),
+        ("24 GB x 1", {"lora_rank": 64, "slots": 64}, "it fits with --slots left out"),
+        (
+            "24 GB x 1",
+            {"lora_rank": 64, "image_tokens": 16000},
+            "fits with --max-pixels for pictures of",
+        ),
+        (
+            "80 GB x 1, 32 GB",
+            {},
+            "need 71 GB of the machine's memory, 32 are there; it fits with",
+        ),
+    ],
+)
+def test_where_nothing_fits_one_line_names_the_smallest_change(machine, settings, advice):
+    with pytest.raises(SystemExit, match="--model Qwen/Qwen3-VL-4B: ") as ended:
+        plan("Qwen/Qwen3-VL-4B", parse_machine(machine), replace(WORK, **settings))
+    assert advice in str(ended.value) and "\n" not in str(ended.value)
+
+
+def test_a_plan_prints_as_a_table():
+    text = str(plan("Qwen/Qwen3-VL-4B", GPU, WORK))
+    for part in ("80 GB x 1", "masters and moments off the device", "64 rows", "16,384 tokens", "peak", "own memory"):
+        assert part in text
+    assert max(map(len, text.splitlines())) < 100
+
+
+def test_phases_grow_with_what_they_hold():
+    shape = find_shape("Qwen/Qwen3-VL-4B")
+    short = replace(SETTLED, completion=1, image_tokens=4000)
+    assert sampling(shape, 1, 64, 64, short) < 1.2 * sampling(shape, 1, 1, 1, short), "a prompt once a group"
+    assert sampling(shape, 64, 1, 64, short) > 20 * sampling(shape, 1, 1, 1, short), "64 prompts are 64 forwards"
+    small, large = (update(shape, replace(SETTLED, group_size=size), 1) for size in (8, 64))
     assert large < 2 * small, "a group of 131,072 tokens in slices of the micro-batch's 16,384"
+
+
+@pytest.fixture(scope="module")
+def larger_folder(tmp_path_factory):
+    """A model large enough that its activations outweigh the rest."""
+    folder = tmp_path_factory.mktemp("larger")
+    shutil.copytree(small_folder("qwen3_vl"), folder, dirs_exist_ok=True)
+    config = AutoConfig.from_pretrained(folder)
+    text, vision = config.text_config, config.vision_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.num_attention_heads = 128, 384, 6, 8
+    text.num_key_value_heads, text.head_dim = 4, 16
+    vision.hidden_size, vision.intermediate_size, vision.out_hidden_size = 64, 128, 128
+    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
+    return str(folder)
+
+
+def as_on_a_gpu(monkeypatch):
+    """bfloat16 arithmetic, fused norms and attention that keeps no scores, on the CPU."""
+
+    def norm(x, own):
+        with torch.autocast("cpu", enabled=False):
+            return torch.nn.functional.rms_norm(x, x.shape[-1:], own.weight.to(x.dtype), own.variance_epsilon)
+
+    for module in ("layers", "scoring", "decoder"):
+        monkeypatch.setattr(f"common.model.{module}.rms_norm", norm)
+    monkeypatch.setattr("common.model.layers.PLAIN_SCORES", 0)
+    for module in ("memory", "scoring"):
+        monkeypatch.setattr(f"common.model.{module}.LOGIT_BUDGET", 2**16)
+    for module in ("memory", "decoder"):
+        monkeypatch.setattr(f"common.model.{module}.BLOCK_TOKENS", 16)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 8])
+def test_the_plan_counts_what_is_really_allocated(lora_rank, larger_folder, monkeypatch):
+    """Within a tenth above, which is what a plan leaves free."""
+    as_on_a_gpu(monkeypatch)
+    policy = load_policy(larger_folder, lora_rank=lora_rank)
+    in_bfloat16(policy, monkeypatch)
+    policy.end_token_ids = [-1]
+    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
+    prompts = encode_prompts(policy, [message] * 8, [[picture(128, 128, n)] for n in range(8)])
+    parameters = list(policy.model.parameters())
+    for parameter in parameters:
+        parameter.data = parameter.data if parameter.requires_grad else parameter.data.bfloat16()
+    trained = [p for p in parameters if p.requires_grad]
+    copies = 2 * sum(p.numel() for p in parameters)  # the plan has them among the weights
+    work = Work(
+        8, 4, 48, prompt=prompts.input_ids.shape[1] - 64, image_tokens=64, lora_rank=lora_rank, micro_batch_tokens=4096
+    )
+    shape = shape_of(policy.base.config)
+
+    def most(work) -> int:
+        with PeakBytes() as memory:
+            memory.held.update(p.untyped_storage()._cdata for p in parameters)
+            work()
+        return memory.most
+
+    uniforms = uniform_numbers(0, 0, range(32), 48)
+    real = most(lambda: sample(policy, prompts, 4, 48, uniforms)) - copies
+    computed = sampling(shape, 8, 4, 32, work)
+    assert 0.3 * computed < real < 1.1 * computed, (real, computed)
+
+    ids, mask = random_completions(32, 48)
+    scorer = Scorer(policy, gradient_checkpointing=True, slice_tokens=4096)
+    real = most(lambda: scorer(prompts, ids, mask).logprobs.sum().backward())
+    gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
+    real -= gradients + (0 if lora_rank else copies)
+    computed = update(shape, replace(work, micro_batch_tokens=8 * (work.width + 4 * 48)), 1)
+    assert 0.5 * computed < real < 1.1 * computed, (real, computed)

@@ -1,4 +1,4 @@
-"""Two processes that share out the training of all weights."""
+"""Processes that share out the training of all weights, and masters that live off the device."""
 
 import json
 import os
@@ -15,11 +15,14 @@ from tests.small_models import FAMILIES, small_folder
 from tests.test_training import free_port
 
 
-def two_processes(folder: str, precision: str) -> dict:
-    """What the first of two processes found out."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    command += ["tests/parallel_worker.py", folder, precision]
+def train(processes: int, folder: str, *settings: str) -> dict:
+    """What the first of some processes found out."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", free_port()]
+    command += ["tests/parallel_worker.py", folder, *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = "."
     done = subprocess.run(
         command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=300
     )
@@ -33,11 +36,24 @@ def two_processes(folder: str, precision: str) -> dict:
 def test_sharded_training_equals_that_of_one_process(family, precision):
     """With questions of which some have pictures, and more of them on one process than on the other. Under bfloat16
     arithmetic the masters stay in float32, and gradients are summed in it."""
-    found = two_processes(small_folder(family), precision)
-    assert found["sharded"] and found["dtype"] == f"torch.{precision}" and found["copy is rounded master"]
+    found = train(2, small_folder(family), precision)
     assert 0.45 < found["own part"] < 0.55, "each process keeps half of the weights"
+    assert not found["offloaded"]
+    assert_trained_as_masters_are(found, precision)
+
+
+@pytest.mark.parametrize(("processes", "precision"), [(1, "bfloat16"), (1, "float32"), (2, "bfloat16")])
+def test_training_is_the_same_with_masters_off_the_device(processes, precision):
+    """Under bfloat16 arithmetic the device has bfloat16 weights only; the step is that of float32 masters."""
+    found = train(processes, small_folder("qwen3_vl"), precision, "offload")
+    assert found["offloaded"] and found["own part"] == pytest.approx(1 / processes, abs=0.05)
+    assert_trained_as_masters_are(found, precision)
+
+
+def assert_trained_as_masters_are(found: dict, precision: str) -> None:
+    assert found["sharded"] and found["dtype"] == f"torch.{precision}" and found["copy is rounded master"]
     assert max(found["gradient"]) < 1e-5 and found["norm"] == pytest.approx(1, abs=1e-5)
-    assert max(found["weights"]) < 1e-4 and found["same samples"]
+    assert max(found["weights"]) < 1e-4 and found["same samples"] and found["optimizer restored"]
 
 
 def test_what_is_not_sharded_stays_as_it_is():

@@ -2,16 +2,19 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from scipy.stats import chisquare
 
+from common.model.decoder import Blocks, SlotDecoder
 from common.model.layers import low_rank
 from common.model.load import LORA_TARGETS
 from common.model.sampling import BLOCK, decode, draw_tokens, find, sample, uniform_numbers
-from common.model.scoring import Scorer
+from common.model.scoring import Scorer, forward_prompts
 from tests.small_models import FAMILIES, small_policy, small_prompts
 
 GROUP, TOKENS = 3, 12
@@ -232,6 +235,135 @@ def test_rows_that_end_are_dropped_without_disturbing_the_others(monkeypatch):
     assert (lengths[~dropping.ended] == 30).all()
 
 
+def of_many_lengths(family: str = "qwen3_vl"):
+    """A policy whose completions end anywhere within 30 tokens, prompts, and numbers for 16 completions each."""
+    policy = small_policy(family)
+    policy.end_token_ids = list(range(20))
+    prompts, _, _ = small_prompts(policy)
+    return policy, prompts, uniform_numbers(0, 0, range(3 * 16), 30)
+
+
+@pytest.mark.parametrize("block_tokens", [4, 128])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_completions_do_not_depend_on_the_number_of_slots(family, block_tokens, monkeypatch):
+    monkeypatch.setattr("common.model.decoder.BLOCK_TOKENS", block_tokens)
+    policy, prompts, uniforms = of_many_lengths(family)
+    together = sample(policy, prompts, 16, 30, uniforms)
+    assert len(set(together.completion_mask.sum(1).tolist())) > 5 and not together.ended.all()
+    for slots in (1, 5, 16, 47, 48, 100):
+        rollout = sample(policy, prompts, 16, 30, uniforms, slots=slots)
+        assert torch.equal(rollout.completion_ids, together.completion_ids)
+        assert torch.equal(rollout.completion_mask, together.completion_mask)
+        assert torch.equal(rollout.ended, together.ended)
+        torch.testing.assert_close(rollout.old_logprobs, together.old_logprobs, atol=1e-5, rtol=0)
+    again = sample(policy, prompts, 16, 30, uniforms, slots=5)
+    first = sample(policy, prompts, 16, 30, uniforms, slots=5)
+    assert torch.equal(again.old_logprobs, first.old_logprobs), "with one number of slots to the bit"
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 3, 6])
+def test_slots_are_refilled_where_every_row_reaches_the_limit(max_new_tokens):
+    policy, prompts, uniforms = of_many_lengths()
+    policy.end_token_ids = [-1]
+    together = sample(policy, prompts, 4, max_new_tokens, uniforms)
+    rollout = sample(policy, prompts, 4, max_new_tokens, uniforms, slots=3)
+    assert torch.equal(rollout.completion_ids, together.completion_ids) and rollout.completion_mask.all()
+    assert not rollout.ended.any()
+
+
+def test_in_bfloat16_slots_sample_what_scoring_scores(monkeypatch):
+    """What CUDA does, on the CPU, scores in float32 included."""
+    monkeypatch.setattr("common.model.decoder.products", lambda a, b: a.float() @ b.float())
+    monkeypatch.setattr("common.model.decoder.BLOCK_TOKENS", 4)
+    policy, prompts, uniforms = of_many_lengths()
+    monkeypatch.setattr(type(policy), "autocast", lambda self: torch.autocast("cpu", dtype=torch.bfloat16))
+    gaps = []
+    for slots in (0, 5):
+        rollout = sample(policy, prompts, 16, 30, uniforms, slots=slots)
+        scores = Scorer(policy)(prompts, rollout.completion_ids, rollout.completion_mask)
+        gaps.append((scores.logprobs - rollout.old_logprobs)[rollout.completion_mask].abs().mean().item())
+    assert gaps[1] < 1.2 * gaps[0], "blocks round no worse than all rows together"
+
+
+def test_prompts_are_forwarded_once_with_their_first_row(monkeypatch):
+    policy, prompts, uniforms = of_many_lengths()
+    forwarded = []
+
+    def watched(model, some):
+        forwarded.append(len(some))
+        return forward_prompts(model, some)
+
+    monkeypatch.setattr("common.model.sampling.forward_prompts", watched)
+    sample(policy, prompts, 16, 30, uniforms, slots=16)
+    assert forwarded == [1, 1, 1]
+    forwarded.clear()
+    many = prompts.select([0, 1, 2] * 8)
+    sample(policy, many, 2, 30, uniforms, slots=16)
+    assert sum(forwarded) == 24 and forwarded[0] == 8, forwarded
+    assert max(forwarded) > 1, "in batches, since a few slots are waited for"
+
+
+class StaticGraphs(SlotDecoder):
+    """Steps as a CUDA graph replays them: on the tensors that were there when it was recorded."""
+
+    recordings = 0
+
+    def record(self, tokens, span):
+        self.tokens, self.span = tokens.clone(), span
+        names = ["row_of_seat", "seat_of_row", "block_of_row", "row_of_block", "start_of_block", "place_of_block"]
+        recorded = {name: getattr(self, name) for name in [*names, "at", "positions", "prompt_bias"]}
+        lists = {name: list(getattr(self, name)) for name in ("caches", "prompts")}
+
+        def replay():
+            assert all(getattr(self, name) is there for name, there in recorded.items())
+            for name, there in lists.items():
+                assert all(one is other for one, other in zip(getattr(self, name), there, strict=True))
+            self.hidden = self.forward(self.tokens, span)
+            again = self.forward(self.tokens, span)
+            assert torch.equal(self.hidden, again), "recording a step and replaying it is no second step"
+
+        self.graph = SimpleNamespace(replay=replay)
+        StaticGraphs.recordings += 1
+
+
+def test_a_recorded_step_goes_on_when_rows_end_and_others_come(monkeypatch):
+    policy, prompts, _ = of_many_lengths()
+    many, rows = prompts.select([0, 1, 2] * 12), 36 * 4
+    uniforms = uniform_numbers(0, 0, range(rows), 30)
+    plain = sample(policy, many, 4, 30, uniforms, slots=12)
+    monkeypatch.setattr("common.model.decoder.can_record", lambda device: True)
+    monkeypatch.setattr("common.model.decoder.Decoder.may_record", True)
+    monkeypatch.setattr("common.model.sampling.SlotDecoder", StaticGraphs)
+    monkeypatch.setattr(StaticGraphs, "recordings", 0)
+    recorded = sample(policy, many, 4, 30, uniforms, slots=12)
+    assert torch.equal(plain.completion_ids, recorded.completion_ids)
+    torch.testing.assert_close(plain.old_logprobs, recorded.old_logprobs, atol=1e-5, rtol=0)
+    assert 1 <= StaticGraphs.recordings < 10, "once, where room for prompts grew, and where slots were left empty"
+
+
+def test_blocks_belong_to_one_row_each_and_are_used_again():
+    blocks, limit = Blocks(rows=5, limit=1000), 1000
+    tokens, generator = np.ones(5, dtype=np.int64), np.random.default_rng(0)
+    for _ in range(400):
+        tokens += 20
+        for row in np.flatnonzero((tokens > limit) | (generator.random(5) < 0.05)).tolist():
+            blocks.release([row])
+            tokens[row] = 1
+        blocks.extend(tokens)
+        assert (blocks.held == -(-tokens // 128)).all()
+        used = blocks.table[blocks.table > 0].tolist()
+        assert sorted(used + blocks.free) == list(range(1, blocks.count)), "each block has one owner, or none"
+        tables = blocks.tables()
+        for row in range(5):
+            for number, block in enumerate(blocks.table[row, : blocks.held[row]]):
+                assert tables["row_of_block"][block] == row and tables["start_of_block"][block] == 128 * number
+                assert tables["block_of_row"].flatten()[tables["place_of_block"][block]] == block
+        assert (tables["start_of_block"][[0, *blocks.free]] > limit).all()
+    assert blocks.count <= 1 + 5 * 8, "never more than all rows at their limit need"
+    kept = blocks.keep([1, 3])
+    assert kept[0] == 0 and len(kept) == 1 + blocks.held.sum() == blocks.count and not blocks.free
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_cuda_graph_records_computes_the_same(family, monkeypatch):
     policy = small_policy(family)
@@ -246,7 +378,7 @@ def test_what_a_cuda_graph_records_computes_the_same(family, monkeypatch):
         self.length, self.at, self.positions = self.length + 1, self.at + 1, self.positions + 1
         return hidden
 
-    monkeypatch.setattr("common.model.sampling.Decoder.step", recorded_step)
+    monkeypatch.setattr("common.model.decoder.Decoder.step", recorded_step)
     recorded = sample(policy, prompts, 8, 20, uniforms)
     assert torch.equal(plain.completion_ids, recorded.completion_ids)
     torch.testing.assert_close(plain.old_logprobs, recorded.old_logprobs, atol=1e-5, rtol=0)
@@ -258,8 +390,8 @@ class FakeGraphs:
 
     def __init__(self, monkeypatch):
         self.stream, self.recordings = "usual", 0
-        monkeypatch.setattr("common.model.sampling.can_record", lambda device: True)
-        monkeypatch.setattr("common.model.sampling.Decoder.may_record", True)
+        monkeypatch.setattr("common.model.decoder.can_record", lambda device: True)
+        monkeypatch.setattr("common.model.decoder.Decoder.may_record", True)
         monkeypatch.setattr("torch.cuda.CUDAGraph", lambda: None)
         monkeypatch.setattr("torch.cuda.graph", self.recording)
         monkeypatch.setattr("torch.cuda.current_stream", lambda: self.stream)

@@ -215,9 +215,63 @@ def test_the_heads_own_gradient_is_autograds(frozen, chunk, monkeypatch):
     (expected * weights).sum().backward()
     torch.testing.assert_close(logprobs, expected.float())
     torch.testing.assert_close(entropy, (torch.distributions.Categorical(logits=whole).entropy() * mask).float())
-    assert not entropy.requires_grad
     torch.testing.assert_close(hidden.grad, exact[0].grad.float())
     assert head.grad is None if frozen else torch.allclose(head.grad, exact[1].grad.float(), atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [2, 100])
+@pytest.mark.parametrize("policy_weight", [0.0, 1.0])
+def test_an_entropy_bonus_has_its_gradient(policy_weight, chunk, monkeypatch):
+    """Against autograd on plain logits and against finite differences, both in float64."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(*size, generator=generator) for size in ((3, 4, 8), (11, 8)))
+    hidden[0, 0] *= 100  # a sure token: most probabilities are 0, and 0 log 0 is 0
+    ids = torch.randint(0, 9, (3, 4), generator=generator)
+    weights, bonus = torch.randn(2, 3, 4, generator=generator)
+    mask, banned = torch.arange(4) < torch.tensor([[4], [1], [3]]), torch.arange(11) >= 9
+    monkeypatch.setattr("common.model.scoring.LOGIT_BUDGET", chunk * 11)
+    inputs = [hidden.requires_grad_(), head.requires_grad_()]
+    logprobs, entropy = token_logprobs(*inputs, ids, mask, banned, 0.7)
+    loss = (entropy * bonus).sum()
+    (loss + policy_weight * (logprobs * weights).sum() if policy_weight else loss).backward()
+
+    def exact_loss(hidden, head):
+        logits = (hidden @ head.T / 0.7).masked_fill(banned, -1e30)
+        logprobs = logits.log_softmax(-1)
+        entropy = torch.distributions.Categorical(logits=logits).entropy()
+        token = logprobs.gather(-1, ids[..., None])[..., 0]
+        return ((entropy * bonus + policy_weight * token * weights) * mask).sum()
+
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    exact_loss(*exact).backward()
+    for ours, theirs in zip(inputs, exact, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad.float(), atol=1e-4, rtol=1e-4)
+        direction = torch.randn(theirs.shape, generator=generator, dtype=torch.float64)
+        sides = [[x + sign * 1e-6 * direction if x is theirs else x for x in exact] for sign in (1, -1)]
+        slope = (exact_loss(*sides[0]) - exact_loss(*sides[1])).item() / 2e-6
+        assert (ours.grad * direction).sum().item() == pytest.approx(slope, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("slice_tokens", [10**6, 14])
+def test_an_entropy_bonus_reaches_the_weights(slice_tokens):
+    policy = small_policy()
+    prompts, _, _ = small_prompts(policy)
+    ids, mask = completions(policy, len(prompts) * GROUP)
+    ids[2], mask[2] = ids[0], mask[0]  # a row that is forwarded once for two
+    scorer = Scorer(policy, gradient_checkpointing=True, slice_tokens=slice_tokens)
+    weight = policy.base.model.language_model.layers[0].mlp.up_proj.weight
+
+    def entropy():
+        return scorer(prompts, ids, mask).entropy.sum()
+
+    (gradient,) = torch.autograd.grad(entropy(), weight)
+    with torch.no_grad():
+        step = 1e-2 * gradient / gradient.norm()
+        weight += step
+        above = entropy()
+        weight -= 2 * step
+        below = entropy()
+    assert (above - below).item() == pytest.approx(2 * (gradient * step).sum().item(), rel=0.02)
 
 
 def test_micro_batches_hold_every_prompt_once_within_the_budget():
@@ -273,11 +327,11 @@ def test_in_bfloat16_sampling_and_scoring_agree_within_a_bound(name, lora_rank, 
         assert a.dtype == b.dtype == torch.bfloat16, "CUDA's product takes no two precisions"
         return a.float() @ b.float()
 
-    monkeypatch.setattr("common.model.sampling.products", products)
+    monkeypatch.setattr("common.model.decoder.products", products)
     if float32_norms:
-        for module in ("layers", "scoring", "sampling"):
+        for module in ("layers", "scoring", "decoder"):
             monkeypatch.setattr(f"common.model.{module}.rms_norm", lambda x, norm: rms_norm(x.float(), norm))
-        monkeypatch.setattr("common.model.sampling.normalize", lambda x, eps: normalize(x.float(), eps))
+        monkeypatch.setattr("common.model.decoder.normalize", lambda x, eps: normalize(x.float(), eps))
     policy = load_policy(name if name == "tiny" else small_folder(name), lora_rank=lora_rank)
     for parameter in policy.model.parameters():
         if not parameter.requires_grad:

@@ -12,8 +12,8 @@ from PIL import Image
 
 from common.data.examples import load_examples
 from common.data.sets import BLINK, SOURCES, lettered, special_scores
+from common.evaluation import __main__ as command
 from common.rewards.answers import check
-from common.tiny.recipe import accuracy as evaluation
 
 
 @pytest.fixture(autouse=True)
@@ -381,7 +381,7 @@ def test_what_is_not_there_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"`hf download Lin-Chen/MMStar .* and pass --data mmstar=DIR"):
         load_examples("mmstar", "test")
     with pytest.raises(SystemExit, match="--benchmark mmsta: choose among geometry3k"):
-        evaluation.main(evaluation.Args(benchmark=("mmsta",)))
+        command.main(command.Args(benchmark=("mmsta",)))
 
 
 def test_a_copy_under_another_owner_is_taken_where_the_first_is_not_there(monkeypatch):
@@ -429,20 +429,20 @@ def test_several_benchmarks_in_one_table_go_on_where_they_stopped(tmp_path, caps
     save(tmp_path / "star", "val", rows, image=IMAGE)
     chart = [{"type": "human_test", "question": "How much?", "answer": "3", "image": picture}]
     save(tmp_path / "chart", "test", chart, image=IMAGE)
-    args = evaluation.Args(
+    args = command.Args(
         benchmark=(f"mmstar={tmp_path}/star", f"chartqa={tmp_path}/chart"), max_completion_length=8,
         out=str(tmp_path / "all.json"),
     )  # fmt: skip
-    evaluation.main(args)
+    command.main(args)
     text = capsys.readouterr().out
     assert "model  " in text and "mmstar" in text and "mmstar, mean of categories: tiny" in text
     results = json.loads((tmp_path / "all.json").read_text())["benchmarks"]
     assert results["mmstar"]["tiny"]["count"] == 3 and "accuracy" in results["chartqa"]["tiny"]
     monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: pytest.fail("finished benchmarks are kept"))
-    evaluation.main(args)
-    evaluation_of_one = evaluation.Args(
+    command.main(args)
+    evaluation_of_one = command.Args(
         data=f"mmstar={tmp_path}/star", corruptions=("fog",), severities=(5,), max_completion_length=8
     )
     monkeypatch.undo()
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    assert "unseen" in evaluation.main(evaluation_of_one)["tiny"]
+    assert "unseen" in command.main(evaluation_of_one)["tiny"]

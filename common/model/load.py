@@ -111,11 +111,13 @@ def load_policy(
     lora_rank: int = 0,
     max_pixels: int = 0,
     seed: int = 0,
+    offload_optimizer: bool = False,
 ) -> Policy:
     """Load `tiny`, a folder, or a hub id of the Qwen2-VL, Qwen2.5-VL and Qwen3-VL families.
 
     Weights are float32 where they are trained (the masters; see `Policy.autocast`) and on the CPU, bfloat16 where they
-    are frozen on CUDA. `max_pixels` bounds the area of an image after resizing (0: as the checkpoint says). A folder
+    are frozen on CUDA. With `offload_optimizer` masters stay on the CPU, and `processes.distribute` makes the device's
+    copy of them. `max_pixels` bounds the area of an image after resizing (0: as the checkpoint says). A folder
     that holds an adapter is loaded on the model that it names; a new adapter of `lora_rank` is drawn by `seed`.
 
     Raises:
@@ -178,7 +180,8 @@ def load_policy(
         with torch.random.fork_rng(devices=[]):  # peft knows no generators
             torch.manual_seed(seed)
             model = get_peft_model(model, settings)
-    model.to(device)
+    if lora or not offload_optimizer:
+        model.to(device)
 
     vocabulary = model.get_output_embeddings().weight.shape[0]
     banned = torch.zeros(vocabulary, dtype=torch.bool)

@@ -30,7 +30,7 @@ class Scores(NamedTuple):
     """What one forward says about R completions of T tokens. Entries outside the completion mask are 0."""
 
     logprobs: torch.Tensor  # [R, T] float32: log-probability of each token, at the sampling temperature
-    entropy: torch.Tensor  # [R, T] float32: entropy of the distribution that the token was drawn from; no gradient
+    entropy: torch.Tensor  # [R, T] float32: entropy of the distribution that the token was drawn from
     hidden: torch.Tensor  # [R, T, H] last hidden states (after the final norm) that predict each token
     states: torch.Tensor  # [R, T, H] last hidden states at each token's own position
     prompt_states: torch.Tensor  # [N, P, H] last hidden states of the prompts
@@ -239,7 +239,6 @@ def token_logprobs(
     """Log-probabilities and entropies [R, T] float32 of tokens from hidden states [R, T, H] and the head [V, H].
 
     Only tokens inside the mask are computed. The softmax is over the vocabulary without `banned` [V], as in sampling.
-    The entropy carries no gradient.
     """
     rows = (hidden[completion_mask] / temperature).to(precision(head))  # [Z, H]
     bias = torch.zeros(len(head), dtype=rows.dtype, device=rows.device).masked_fill(banned, -1e30)  # [V] costs no pass
@@ -253,8 +252,9 @@ class TokenLogprobs(torch.autograd.Function):
     """Log-probabilities and entropies [Z] float32 of tokens [Z] from rows [Z, H], the head [V, H] and a bias [V].
 
     Logits are made for `LOGIT_BUDGET // V` rows at a time. The gradient of a token's log-probability in its logits is
-    one-hot minus their softmax p, so that the backward pass needs nothing but p: of a single chunk it is kept, of more
-    the logits are computed again. For a head that is not trained it is one matrix product more, otherwise two.
+    one-hot minus their softmax p, that of the entropy H is -p (log p + H), so that the backward pass needs nothing but
+    p: of a single chunk it is kept, of more the logits are computed again. For a head that is not trained it is one
+    matrix product more, otherwise two. A loss without the entropy pays nothing for its gradient.
     """
 
     @staticmethod
@@ -271,19 +271,26 @@ class TokenLogprobs(torch.autograd.Function):
         logprobs, entropy, kept = zip(*map(chunk, rows.split(size), targets.split(size)), strict=True)
         logprobs, entropy = torch.cat(logprobs), torch.cat(entropy)
         ctx.save_for_backward(rows, head, bias, targets, kept[0])
-        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, entropy_grad):
         rows, head, bias, targets, kept = ctx.saved_tensors
+        grad = entropy_grad.new_zeros(len(targets)) if grad is None else grad  # None: the loss does without them
         weight, size = head.to(rows.dtype), max(1, LOGIT_BUDGET // len(head))
         grad_rows = torch.empty_like(rows)
         grad_head = None
         for i in range(0, max(1, len(rows)), size):
             own, g = rows[i : i + size], grad[i : i + size, None]  # [C, H], [C, 1]
             p = torch.nn.functional.linear(own, weight, bias).float().softmax(-1) if kept is None else kept.clone()
-            grad_logits = p.mul_(-g).scatter_add_(-1, targets[i : i + size, None], g).to(rows.dtype)  # [C, V]
+            if entropy_grad is None:
+                grad_logits = p.mul_(-g)
+            else:
+                h, terms = entropy_grad[i : i + size, None], torch.xlogy(p, p)  # [C, 1], [C, V]
+                grad_logits = p.mul_(h * terms.sum(-1, keepdim=True) - g).addcmul_(terms, h, value=-1)
+                del terms
+            grad_logits = grad_logits.scatter_add_(-1, targets[i : i + size, None], g).to(rows.dtype)  # [C, V]
             grad_rows[i : i + size] = grad_logits @ weight
             if ctx.needs_input_grad[1]:
                 product = grad_logits.mT @ own  # [V, H]

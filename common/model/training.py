@@ -19,10 +19,15 @@ def prepare(args, accelerator: Accelerator) -> tuple[Policy, torch.nn.Module, Ca
     """
     device = accelerator.device
     policy = load_policy(
-        args.model, device=device, lora_rank=args.lora_rank, max_pixels=args.max_pixels, seed=args.seed
+        args.model,
+        device=device,
+        lora_rank=args.lora_rank,
+        max_pixels=args.max_pixels,
+        seed=args.seed,
+        offload_optimizer=args.offload_optimizer,
     )
     scorer = Scorer(policy, gradient_checkpointing=device.type == "cuda", slice_tokens=args.micro_batch_tokens)
-    trained_scorer, parameters = distribute(scorer, accelerator)
+    trained_scorer, parameters = distribute(scorer, accelerator, args.offload_optimizer)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     gather_weights(scorer)
     for register in (optimizer.register_step_post_hook, optimizer.register_load_state_dict_post_hook):

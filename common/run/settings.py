@@ -8,7 +8,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NamedTuple, TypeVar, get_args, get_type_hints
 
 import torch
@@ -16,6 +16,7 @@ import tyro
 
 from common.data.messages import TEMPLATE, check_template
 from common.model.load import check_model
+from common.model.memory import Plan, Work, find_shape, parse_machine, plan
 from common.rewards.designs import check_markers, request_for
 
 T = TypeVar("T")
@@ -89,6 +90,10 @@ class Settings:
     resume: str = ""  # run folder to continue
     track: str = ""  # also log to tensorboard, wandb or trackio
     seed: Natural = 1  # everything random is a function of this, the step and the row
+    slots: Natural = 0  # rows decoded at a time, which bounds the memory of sampling (0: all)
+    offload_optimizer: bool = False
+    """keep float32 masters and Adam's moments in the machine's memory, where the optimizer's step is then taken"""
+    plan: str = ""  # say what the run would hold on a machine, as "80 GB x 1" or "24 GB x 8, 256 GB", and end
     micro_batch_tokens: Count = 16384
     """tokens, prompts and padding included, of one forward and backward; lower it when memory runs out"""
 
@@ -124,6 +129,9 @@ def check_settings(args: Settings) -> None:
         SystemExit: names the flag and its value.
     """
     check_ranges(args)
+    if args.plan:
+        print(plan_of(args))
+        raise SystemExit(0)
     check_model(args.model)
     args.prompt_template = check_template(args.prompt_template)
     if args.model != "tiny":
@@ -133,6 +141,29 @@ def check_settings(args: Settings) -> None:
             f"--soft-punish-cache {args.soft_punish_cache}: must be below --max-completion-length "
             f"{args.max_completion_length}, or every completion is punished"
         )
+
+
+def plan_of(args: Settings) -> Plan:
+    """What the run would hold on the machine `args.plan`, from the shapes of its model alone.
+
+    Raises:
+        SystemExit: one line, where it does not fit, with the smallest change that would.
+    """
+    machine, shape = parse_machine(args.plan), find_shape(args.model)
+    work = Work(
+        prompts=max(1, args.prompts_per_step // machine.count),
+        group_size=args.group_size,
+        completion=args.max_completion_length,
+        views=1 + getattr(args, "num_views", 0),
+        lora_rank=args.lora_rank,
+        reference=bool(args.kl_coef) and not args.lora_rank,
+        slots=args.slots or None,
+        micro_batch_tokens=args.micro_batch_tokens,
+        offload_optimizer=args.offload_optimizer or None,
+    )
+    if args.max_pixels:
+        work = replace(work, image_tokens=args.max_pixels // shape.pixels_a_token)
+    return plan(args.model, machine, work)
 
 
 def check_ranges(args: object) -> None:

@@ -18,9 +18,9 @@ import tyro
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from common.model.load import TINY
-from tests.benchmarks.memory import SHAPES, configuration
+from common.model.memory import SHAPES, build_config
 
-SMALL = ((64, 2, 2, 1, 96, True), (2, 64, 96, [0]))  # as `SHAPES`: a real vocabulary and little else
+SMALL = ((64, 2, 2, 1, 96, 151936, True), (2, 64, 96, [0]))  # as `SHAPES`: a real vocabulary and little else
 MAX_PIXELS = 2048 * 2048  # of an image: 4,096 tokens
 
 
@@ -51,7 +51,7 @@ def main(
     size: Annotated[Literal["small", "2B", "4B", "8B"], tyro.conf.Positional],
     folder: Annotated[Path, tyro.conf.Positional],
 ) -> None:
-    write_random_model(configuration(SHAPES.get(size, SMALL)), folder)
+    write_random_model(build_config("Qwen3-VL", *SHAPES.get(f"Qwen3-VL-{size}", SMALL)), folder)
     print(f"{folder}: {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:,.0f} MB")
 
 
