@@ -438,7 +438,7 @@ def test_several_benchmarks_in_one_table_go_on_where_they_stopped(tmp_path, caps
     assert "model  " in text and "mmstar" in text and "mmstar, mean of categories: tiny" in text
     results = json.loads((tmp_path / "all.json").read_text())["benchmarks"]
     assert results["mmstar"]["tiny"]["count"] == 3 and "accuracy" in results["chartqa"]["tiny"]
-    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: pytest.fail("finished benchmarks are kept"))
+    monkeypatch.setattr(command, "evaluate", lambda *a, **k: pytest.fail("finished benchmarks are kept"))
     command.main(args)
     evaluation_of_one = command.Args(
         data=f"mmstar={tmp_path}/star", corruptions=("fog",), severities=(5,), max_completion_length=8
