@@ -176,9 +176,17 @@ def main(args: Args) -> dict:
         # === Sample: N prompts, G completions each ===
         meter.start()
         examples, prompts = drawn()
-        dice = uniform_numbers(args.seed, step, numbers, limit)  # [R, T] in [0, 1)
+        uniforms = uniform_numbers(args.seed, step, numbers, limit)  # [R, T] in [0, 1)
         rollout = sample(
-            policy, prompts, args.group_size, limit, dice, args.temperature, args.top_p, args.top_k, args.slots
+            policy,
+            prompts,
+            args.group_size,
+            limit,
+            uniforms,
+            args.temperature,
+            args.top_p,
+            top_k=args.top_k,
+            slots=args.slots,
         )
         ids, completion_mask = rollout.completion_ids, rollout.completion_mask  # [R, T]
         completions = decode(policy, rollout)

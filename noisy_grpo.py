@@ -258,8 +258,10 @@ def main(args: Args) -> dict:
         # === Sample: N prompts, G completions each ===
         meter.start()
         examples, prompts, levels, noisy = drawn()
-        dice = uniform_numbers(args.seed, step, numbers, limit)  # [R, T] in [0, 1)
-        rollout = sample(policy, noisy, 1, limit, dice, args.temperature, args.top_p, args.top_k, args.slots)
+        uniforms = uniform_numbers(args.seed, step, numbers, limit)  # [R, T] in [0, 1)
+        rollout = sample(
+            policy, noisy, 1, limit, uniforms, args.temperature, args.top_p, top_k=args.top_k, slots=args.slots
+        )
         ids, completion_mask = rollout.completion_ids, rollout.completion_mask  # [R, T]
         completions = decode(policy, rollout)
         meter.add("completions/mean_length", completion_mask.sum(1))
