@@ -64,8 +64,8 @@ def fell(history: list[dict], name: str, window: int) -> tuple[float, float] | N
 def no_reward(history: list[dict], args: dict) -> str | None:
     """Nothing earned anything, in so many completions that chance is no excuse."""
     steps = max(SOON, math.ceil(ENOUGH / rows(args)))
-    lines = history[-steps:]
-    if len(lines) < steps or any(line["accuracy"] or line["reward"] > 0 for line in lines):
+    accuracy, reward = last(history, "accuracy", steps), last(history, "reward", steps)
+    if len(accuracy) < steps or any(accuracy) or max(reward, default=1) > 0:
         return None
     share = verdicts(history, steps)
     text = f"None of the last {steps * rows(args):,} completions was right. "
@@ -88,15 +88,14 @@ def no_reward(history: list[dict], args: dict) -> str | None:
 def constant_reward(history: list[dict], args: dict) -> str | None:
     """All rewards of several steps are one and the same number. Where that is 1 or 0 of an accuracy, the set is too
     easy or too hard, which other rules say."""
-    lines = history[-SOON:]
-    values = {round(line["reward"], 9) for line in lines}
-    if len(lines) < SOON or len(values) > 1 or any(line["reward_std"] > 1e-6 for line in lines):
+    rewards, deviations, accuracy = (last(history, name, SOON) for name in ("reward", "reward_std", "accuracy"))
+    if len(rewards) < SOON or max(rewards) - min(rewards) > 1e-6 or max(deviations, default=1) > 1e-6:
         return None
-    if lines[-1]["reward"] == lines[-1]["accuracy"]:
+    if rewards == accuracy:
         return None
     return (
-        f"Each of the last {SOON * rows(args):,} completions earned {values.pop():g}, right or wrong (accuracy "
-        f"{mean([line['accuracy'] for line in lines]):.0%}): the reward is a constant and teaches nothing. See "
+        f"Each of the last {SOON * rows(args):,} completions earned {rewards[-1]:g}, right or wrong (accuracy "
+        f"{mean(accuracy):.0%}): the reward is a constant and teaches nothing. See "
         "--reward and what it computes."
     )
 
@@ -105,7 +104,7 @@ def no_variance(history: list[dict], args: dict) -> str | None:
     """Less than one group in ten has rewards that differ: of the usual eight prompts a step, not one."""
     tied = mean(last(history, "frac_reward_zero_std"))
     accuracy = mean(last(history, "accuracy"))
-    if len(history) < WINDOW or tied < 0.9 or not mean(last(history, "reward")):
+    if len(history) < WINDOW or not tied >= 0.9 or not mean(last(history, "reward")):
         return None
     text = f"In {tied:.0%} of the groups of the last {WINDOW} steps all completions earned the same: no gradient. "
     if accuracy > 0.9:
@@ -121,9 +120,9 @@ def no_variance(history: list[dict], args: dict) -> str | None:
 def length_limit(history: list[dict], args: dict) -> str | None:
     """A quarter of the completions cut off: they have no answer, so that length is punished instead of errors."""
     cut = mean(last(history, "completions/clipped_ratio", SOON))
-    if len(history) < SOON or cut < 0.25:
+    if len(history) < SOON or not cut >= 0.25:
         return None
-    before = mean([line["completions/clipped_ratio"] for line in history[:2]])
+    before = mean(last(history[:2], "completions/clipped_ratio"))
     grew = " and their number grows: a penalty (--soft-punish-cache) may hold them" if cut > before + 0.2 else ""
     return (
         f"{cut:.0%} of the completions of the last {SOON} steps were cut off at {args['max_completion_length']} "
@@ -147,7 +146,7 @@ def checks_fail(history: list[dict], args: dict) -> str | None:
 def not_understood(history: list[dict], args: dict) -> str | None:
     """Half of the answers lost to their form, and no better than before: form is learned in a few steps or not."""
     unread = [1 - verdicts(history[:n], SOON).get("ok", 0) for n in (len(history) - WINDOW + SOON, len(history))]
-    if len(history) < WINDOW or not verdicts(history, SOON) or min(unread) < 0.5 or unread[1] < unread[0] - 0.1:
+    if len(history) < WINDOW or not verdicts(history, SOON) or min(unread) < 0.5 or unread[1] < unread[0] - 0.05:
         return None
     if not mean(last(history, "accuracy")):  # no_reward says it
         return None
@@ -161,7 +160,7 @@ def entropy_collapse(history: list[dict], args: dict) -> str | None:
     """A tenth of the first steps' entropy left, and groups of copies: a sure policy that is merely good keeps varied
     groups, and one that was sure from the start has lost nothing."""
     start, now = mean(last(history[:SOON], "entropy")), mean(last(history, "entropy"))
-    if len(history) < SOON + WINDOW or not now < start / 10 or mean(last(history, "frac_reward_zero_std")) < 0.7:
+    if len(history) < SOON + WINDOW or not now < start / 10 or not mean(last(history, "frac_reward_zero_std")) >= 0.7:
         return None
     return (
         f"The entropy fell from {start:.3g} to {now:.3g} nats a token and most groups hold copies of one completion: "
@@ -264,7 +263,7 @@ def clip_always(history: list[dict], args: dict) -> str | None:
 def no_change(history: list[dict], args: dict) -> str | None:
     """A rate of 0, which a schedule may end at but not begin with."""
     rates = last(history, "lr", 3)
-    if len(history) < 3 or len(history) > SOON or any(rates):
+    if len(rates) < 3 or len(history) > SOON or any(rates):
         return None
     return "The learning rate is 0: nothing changes. Pass --learning-rate."
 

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -214,8 +215,8 @@ def answer_remarks(args, policy, examples, rollout: Rollout, say) -> Iterable[tu
         yield (
             "none_right",
             f"None of {count} completions is right, {read} could be understood: a group of {args.group_size} has a "
-            f"right one with a chance of at most {signal:.0%}, and without one it teaches nothing. The policy's commonest "
-            f"answers: {answers}; references: {references}. {hint}."
+            f"right one with a chance of at most {signal:.0%}, and without one it teaches nothing. The policy's "
+            f"commonest answers: {answers}; references: {references}. {hint}."
             + (f" Endings that were not understood: {shown}." if shown else ""),
         )
     if right and cut > count / 4:
@@ -238,7 +239,8 @@ def answer_remarks(args, policy, examples, rollout: Rollout, say) -> Iterable[tu
         yield (
             "answers_fit_other_rows",
             f"{right / count:.0%} of the completions are right, and {chance:.0%} would be with the answers of other "
-            "rows of their kind: the pictures may belong to other rows (look at some), or the policy cannot read them yet.",
+            "rows of their kind: the pictures may belong to other rows (look at some), or the policy cannot read them "
+            "yet.",
         )
 
 
@@ -281,7 +283,7 @@ def comparison_remarks(args, policy, scorer, examples, rollout: Rollout, say) ->
     if not apart <= allowed:
         raise SystemExit(
             f"preflight: sampling's and scoring's log-probabilities lie {apart:.2g} nats a token apart (at most "
-            f"{allowed:g}): --model {args.model} is not computed alike by both; nothing trained on it would mean anything"
+            f"{allowed:g}): --model {args.model} is not computed alike by both, and training would be wrong"
         )
     say(f"  sampling and scoring agree to {apart:.1g} nats a token")
     if can_record(policy.device) and Decoder.may_record:
@@ -354,18 +356,17 @@ def dry_step(args, scorer: Scorer, optimizer, train: Sequence[Example], processe
     sizes = getattr(train, "sizes", ())  # puzzles are all of one size
     largest = sorted(range(len(sizes) or count), key=lambda n: -sizes[n] if sizes else 0)[:count]
     prompts = encode(args, policy, [train[n] for n in largest])
-    # All rows at full length, and all as short as can be, so that as many pictures as can be are in one micro-batch.
-    # That has its cache for the whole length, whatever the number of tokens that are decoded.
     draws = uniform_numbers(args.seed, STEP, list(range(len(prompts) * size)), args.max_completion_length)
-    rollout = sample(policy, prompts, size, args.max_completion_length, draws, temperature=args.temperature)
+    endless = replace(policy, end_token_ids=[-1])  # no token ends a row: all go to the limit
+    ids = sample(endless, prompts, size, args.max_completion_length, draws, args.temperature).completion_ids  # [R, T]
     moments = [torch.empty_like(p) for p in optimizer.param_groups[0]["params"] for _ in range(2)]  # Adam's
+    # All rows at full length, and as short as can be, so that as many pictures as can be are in one micro-batch.
     for length in (args.max_completion_length, 1):
         mask = torch.ones(len(prompts) * size, length, dtype=torch.bool, device=policy.device)
-        ids = rollout.completion_ids.repeat(1, math.ceil(length / rollout.completion_ids.shape[1]))[:, :length]
         width = prompts.input_ids.shape[1]
         batch = max(micro_batches(mask, width, size, args.micro_batch_tokens), key=len)
         own = rows_of(batch, size)
-        scores = scorer(prompts.select(batch), ids[own], mask[own], args.temperature)
+        scores = scorer(prompts.select(batch), ids[own, :length], mask[own], args.temperature)
         (0 * scores.logprobs.sum()).backward()
     optimizer.zero_grad()
     del moments

@@ -68,10 +68,10 @@ class Progress:
         if self.bar is not None:
             self.bar.update(count)
             self.draw()
-        elif (
-            time.monotonic() - self.printed >= EVERY or not self.name and self.done in (self.first + count, self.total)
-        ):
-            self.say(self.line())
+        else:
+            end = not self.name and self.done in (self.first + count, self.total)  # of training
+            if end or time.monotonic() - self.printed >= EVERY:
+                self.say(self.line())
 
     def phase(self, text: str) -> None:
         """What goes on until the next `update` or `phase`: shown on a terminal, with its seconds, once it lasts two."""
