@@ -53,6 +53,7 @@ SICK = {
         {"reward": 0.0, "accuracy": 0.0, "verdicts/ok": 1.0, "verdicts/no_answer": 63.0},
         "--prompt-template",
     ),
+    "no_reward   ": ({"reward": 0.0, "accuracy": 0.0, "verdicts/ok": 1.0, "verdicts/unparsed": 63.0}, "--kind"),
     "no_reward  ": ({"reward": 0.0, "accuracy": 0.0, "completions/clipped_ratio": 0.9}, "--max-completion-length"),
     "constant_reward": (dict(reward=0.5, reward_std=0.0, frac_reward_zero_std=1.0), "--reward"),
     "no_variance": (dict(frac_reward_zero_std=0.95, reward=0.97, accuracy=0.97), "too easy"),

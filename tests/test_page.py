@@ -136,10 +136,11 @@ def test_a_picture_is_only_taken_from_the_run(tmp_path):
 
 
 def test_a_page_of_a_long_run_with_long_completions_stays_small(tmp_path):
-    """2,000 steps, of which 200 have 16 completions of 60,000 characters with coloured tokens, and large pictures."""
-    folder = write_run(tmp_path / "run", 2000, "word " * 12_000, group=16)
+    """2,000 steps; of 40 there are 9 completions of 60,000 characters with coloured tokens, and a large picture."""
+    folder = write_run(tmp_path / "run", 2000)
     rows = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
-    rows = [row | {"tokens": ["word "] * 12_000, "focus": [0.1, 0.9] * 6_000} for row in rows[::16] for _ in range(9)]
+    long = {"completion": "word " * 12_000, "tokens": ["word "] * 12_000, "focus": [0.1, 0.9] * 6_000}
+    rows = [row | long for row in rows[::20] for _ in range(9)]
     (folder / "completions.jsonl").write_text(lines_of(rows))
     photo = Image.effect_noise((2000, 1500), 90)
     size = sum((folder / "pictures" / name).stat().st_size for name in keep_pictures(folder, 0, [photo]))

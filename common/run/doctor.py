@@ -71,7 +71,12 @@ def no_reward(history: list[dict], args: dict) -> str | None:
     text = f"None of the last {steps * rows(args):,} completions was right. "
     if cut := mean(last(history, "completions/clipped_ratio", steps)) > 0.5:
         text += "Most were cut off before they ended: raise --max-completion-length. "
-    if share.get("ok", 0) < 0.5 and not cut:
+    if share.get("unparsed", 0) > 0.5 and not cut:
+        text += (
+            f"{share['unparsed']:.0%} of the answers are not of the kind of the reference answers: see whether "
+            "--answer-column and --kind fit. "
+        )
+    elif share.get("ok", 0) < 0.5 and not cut:
         text += (
             f"In {1 - share.get('ok', 0):.0%} no answer was understood: ask in --prompt-template for the answer "
             "between <answer> and </answer> or in \\boxed{}, or start from a model that writes one. "

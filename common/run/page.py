@@ -8,6 +8,7 @@ cut in the middle. Everything that a model or a data set has written is escaped.
 """
 
 import base64
+import contextlib
 import html
 import json
 import math
@@ -68,19 +69,19 @@ class Args:
 # ------------------------------------------------------------------------------------------------ what a run leaves
 
 
-def read_lines(path: Path, containing: str = "") -> list[dict]:
-    """The objects of a JSONL file whose line holds a text; none where there is no file. A torn line is left out."""
+def parsed(lines: Iterable[str]) -> list[dict]:
+    """The objects of some lines of JSON; torn or strange lines are left out."""
     found = []
-    if path.is_file():
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if containing in line:
-                    try:
-                        value = json.loads(line)
-                    except ValueError:
-                        continue
-                    found += [value] if isinstance(value, dict) else []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            value = json.loads(line)
+            found += [value] if isinstance(value, dict) else []
     return found
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a JSONL file; none where there is no file."""
+    return parsed(path.read_text(encoding="utf-8", errors="replace").split("\n")) if path.is_file() else []
 
 
 def read_object(path: Path) -> dict:
@@ -109,16 +110,18 @@ def keep_pictures(folder: Path, step: int, images: Sequence[Image.Image]) -> lis
 
 
 def shown_completions(folder: Path) -> dict[int, list[dict]]:
-    """A few completions of a few steps: of those whose pictures were kept, or, in a run without, of any."""
-    rows = read_lines(folder / "completions.jsonl", '"pictures"') or read_lines(folder / "completions.jsonl")
-    steps = {}
-    for row in rows:
-        if isinstance(row.get("step"), int):
-            steps.setdefault(row["step"], []).append(row)
+    """A few completions of a few steps: of those whose pictures were kept, or, in a run without, of any. Of a long file
+    few lines are taken apart."""
+    file, with_pictures, every = folder / "completions.jsonl", {}, {}
+    for line in file.open(encoding="utf-8", errors="replace") if file.is_file() else ():
+        if found := re.match(r'{"step": (\d+),', line):
+            for steps in (every, with_pictures) if '"pictures": [' in line else (every,):
+                steps.setdefault(int(found[1]), []).append(line)
+    steps = with_pictures or every
     numbers = sorted(steps)
     if len(numbers) > SHOWN_STEPS:  # the first, the last, and evenly between
         numbers = [numbers[round(i * (len(numbers) - 1) / (SHOWN_STEPS - 1))] for i in range(SHOWN_STEPS)]
-    return {step: steps[step][:SHOWN_ROWS] for step in numbers}
+    return {step: rows for step in numbers if (rows := parsed(steps[step][:SHOWN_ROWS]))}
 
 
 # ------------------------------------------------------------------------------------------------ pieces of the page

@@ -203,10 +203,10 @@ def answer_remarks(args, policy, examples, rollout: Rollout, say) -> Iterable[tu
     if not right:
         most = 3 / count  # 95 %: the rule of three
         signal = 1 - (1 - most) ** args.group_size
-        given = Counter(found for text in completions if (found := extract(text)[0]) is not None).most_common(3)
-        answers = ", ".join(repr(a) for a, _ in given) or "none"
+        given = Counter(found for text in completions if (found := extract(text)[0]) is not None)
+        answers = ", ".join(repr(a) for a, _ in given.most_common(3)) or "none"
         references = ", ".join(repr(e.answer) for e in examples[:3])
-        if read < count / 2:
+        if given.total() < count / 2:
             hint = "Ask for the form in --prompt-template or train on demonstrations first"
         else:
             hint = "See whether --answer-column and --kind fit; easier examples, a better model, a larger --group-size"
