@@ -207,7 +207,7 @@ def test_the_cost_card_adds_up():
     card = cost_card(lines)
     assert card["time in steps"] == "4.0 s (2 s a step)" and card["— sample"] == "3.0 s (75%)"
     assert card["tokens sampled"] == "200 (50 a second)"
-    assert card["tokens scored"] == "600 (3.00 for each that was sampled)"
-    assert card["completions scored"] == "16, of which 4 were copies and cost nothing"
+    assert card["tokens scored"] == "600 (3.00 a sampled one)"
+    assert card["completions scored"] == "16, 4 as copies"
     assert card["forwards"] == "6 (3 a step)" and card["memory at most"] == "1.25 GiB a process"
     assert cost_card([]) == {} and "forwards" not in cost_card([{"seconds": 1.0}])

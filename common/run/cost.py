@@ -27,11 +27,11 @@ def cost_card(lines: list[dict]) -> dict[str, str]:
     if any("cost/scored_tokens" in line for line in lines):
         sampled, scored = total("cost/sampled_tokens"), total("cost/scored_tokens")
         card["tokens sampled"] = f"{count(sampled)} ({sampled / max(seconds, 1e-9):,.0f} a second)"
-        card["tokens scored"] = f"{count(scored)} ({scored / max(sampled, 1):.2f} for each that was sampled)"
+        card["tokens scored"] = f"{count(scored)} ({scored / max(sampled, 1):.2f} a sampled one)"
         rows, repeated = total("cost/rows"), total("cost/repeated_rows")
-        card["completions scored"] = f"{count(rows)}, of which {count(repeated)} were copies and cost nothing"
+        card["completions scored"] = f"{count(rows)}, {count(repeated)} as copies"
         card["forwards"] = f"{count(total('cost/forwards'))} ({total('cost/forwards') / steps:.3g} a step)"
-        card["tokens decoded one at a time"] = f"{count(total('cost/decode_steps'))} steps of the decoder"
+        card["decoder's steps"] = count(total("cost/decode_steps"))
         card["pictures encoded"] = f"{count(total('cost/images'))} ({total('cost/images') / steps:.3g} a step)"
     if peak := max((line.get("memory_gib") or 0 for line in lines), default=0):
         card["memory at most"] = f"{peak:.2f} GiB a process"
