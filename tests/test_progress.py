@@ -84,23 +84,32 @@ def test_phases_and_evaluations_are_named_in_a_file_too():
     assert file.getvalue() == "loading the model\nevaluating 0/5\n"
 
 
-def test_a_count_never_goes_beyond_its_total():
+def test_a_count_never_goes_beyond_its_total(monkeypatch):
+    monkeypatch.setattr(progress, "TICK", 0.0)
     terminal = Terminal()
     assert list(counted("abc", 5, "evaluating", 2, terminal)) == ["a", "b", "c"]
     assert any("5/5" in line and "evaluating" in line for line in drawn(terminal)) and "6/5" not in terminal.getvalue()
 
 
-def test_a_real_terminal_is_left_clean():
+def test_a_real_terminal_is_left_clean(monkeypatch):
+    monkeypatch.setattr(progress, "TICK", 0.01)
     leader, follower = pty.openpty()
     with os.fdopen(follower, "w") as terminal:
         with shown("loading the model", terminal):
-            pass
+            time.sleep(0.1)
         print("loaded", file=terminal, flush=True)
         text = ""
         while "loaded" not in text:
             text += os.read(leader, 10_000).decode()
     assert "loading the model" in text and text.endswith("\rloaded\r\n")
     os.close(leader)
+
+
+def test_a_phase_of_less_than_a_second_leaves_no_trace():
+    terminal = Terminal()
+    with shown("loading the model", terminal):
+        pass
+    assert not drawn(terminal)
 
 
 def test_what_has_no_value_is_a_dash():

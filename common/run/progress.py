@@ -38,6 +38,7 @@ class Progress:
             self.bar = tqdm(
                 total=total or None, initial=done, desc=name, file=self.stream, leave=leave, bar_format=form,
                 ascii=" ━", mininterval=0, ncols=COLUMNS,
+                delay=TICK if name else 0,  # a short phase is not shown
             )  # fmt: skip
             self.ticker = threading.Thread(target=self.tick, daemon=True)
             self.ticker.start()
@@ -67,7 +68,8 @@ class Progress:
         self.done, self.text, self.doing = self.done + count, text or self.text, ""
         if self.bar is not None:
             self.bar.update(count)
-            self.draw()
+            if not self.name:
+                self.draw()
         else:
             end = not self.name and self.done in (self.first + count, self.total)  # of training
             if end or time.monotonic() - self.printed >= EVERY:
@@ -90,7 +92,10 @@ class Progress:
         if self.bar is not None:
             self.ticker.join()
             self.doing = ""
-            self.draw()
+            if self.bar.leave:
+                self.draw()
+            else:
+                self.bar.clear()
             self.bar.close()
             self.bar = None
 
