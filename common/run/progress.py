@@ -135,3 +135,10 @@ def shown(text: str, stream: TextIO | None = None) -> Iterator[None]:
         yield
     finally:
         progress.close()
+
+
+def close_bars() -> None:
+    """Take away every bar that stands, so that what is printed next begins a line."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.clear()
+        bar.close()
