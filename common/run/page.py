@@ -201,7 +201,7 @@ def chart(title: str, unit: str, series: dict[str, list[tuple[float, float]]], m
         _, py = at(first, y)
         parts.append(f"<path class=grid d='M{left} {py:.1f}H{width - right}'/>")
         parts.append(f"<text x={left - 5} y={py + 3.5:.1f} text-anchor=end>{number(y)}</text>")
-    for x in ticks(first, final, 5):
+    for x in (x for x in ticks(first, final, 5) if x == int(x)):
         px, _ = at(x, low)
         anchor = "end" if px > width - right - 12 else "middle"
         parts.append(f"<text x={px:.1f} y={height - 6} text-anchor={anchor}>{number(x)}</text>")
