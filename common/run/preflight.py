@@ -71,7 +71,7 @@ def preflight(
         remarks += answer_remarks(args, policy, examples, rollout, say)
         remarks += comparison_remarks(args, policy, scorer, examples, rollout, say)
         dry_step(args, scorer, optimizer, train, processes, say)
-        checkpoint_returns(args, policy, folder, say)
+        checkpoint_returns(args, policy, optimizer, folder, say)
     return [{"step": 0, "rule": rule, "text": text} for rule, text in remarks]
 
 
@@ -379,10 +379,10 @@ def dry_step(args, scorer: Scorer, optimizer, train: Sequence[Example], processe
     )
 
 
-def checkpoint_returns(args, policy: Policy, folder: Path, say) -> None:
+def checkpoint_returns(args, policy: Policy, optimizer, folder: Path, say) -> None:
     """A checkpoint that is written and read again holds the same weights; of a large one, the disk has room."""
-    weights = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
-    size = sum(p.numel() for p in weights.values()) * 4
+    masters = optimizer.param_groups[0]["params"]
+    size = sum(p.numel() for p in masters) * 4
     free = shutil.disk_usage(folder).free
     needed = 3 * size * (args.keep_checkpoints + 1)  # weights and two moments, of the kept and of the one being written
     if needed > free:
@@ -390,7 +390,7 @@ def checkpoint_returns(args, policy: Policy, folder: Path, say) -> None:
             f"preflight: --out {folder}: checkpoints take up to {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB "
             "are free; name a folder on another disk or lower --keep-checkpoints"
         )
-    if size > LARGEST_COPY or any(isinstance(p, DTensor) for p in weights.values()):
+    if size > LARGEST_COPY or isinstance(masters[0], DTensor):
         return
     with tempfile.TemporaryDirectory(prefix="preflight-", dir=folder) as copy:
         save_policy(policy, copy)
