@@ -205,6 +205,28 @@ def test_sampling_and_scoring_that_disagree_stop_the_run(tmp_path, monkeypatch):
         run(tmp_path)
 
 
+@pytest.mark.parametrize("error", [0.0, 0.1])
+def test_recorded_and_plain_decoding_are_compared_where_decoders_record(error, tmp_path, monkeypatch):
+    original = module.sample
+
+    def recorded(*args, **kwargs):
+        rollout = original(*args, **kwargs)
+        if not module.Decoder.may_record:
+            rollout.old_logprobs -= error
+        return rollout
+
+    monkeypatch.setattr(module, "can_record", lambda device: True)
+    monkeypatch.setattr(module, "sample", recorded)
+    said = []
+    if error:
+        with pytest.raises(SystemExit, match=r"recorded decoder's log-probabilities lie 0\.1 nats"):
+            preflight(*setup(tmp_path), say=said.append)
+    else:
+        assert preflight(*setup(tmp_path), say=said.append) == []
+        assert any("recorded and plain decoding agree to 0 nats" in line for line in said)
+    assert module.Decoder.may_record
+
+
 def test_a_checkpoint_that_comes_back_changed_stops_the_run(tmp_path, monkeypatch):
     original = module.save_policy
 
