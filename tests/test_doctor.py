@@ -100,6 +100,7 @@ def test_every_rule_is_shown_a_sick_run():
         ({"completions/clipped_ratio": 0.15}, "length_limit"),
         (dict(entropy=0.02), "entropy_collapse"),  # sure from the start
         (dict(entropy=lambda step: 0.6 + 0.02 * step), "entropy_explosion"),
+        (dict(kl=lambda step: 40.0 if step % 5 == 0 else 0.5), "kl_explosion"),  # single tokens
         (dict(grad_norm=2.5), "gradients_clipped"),
         (dict(reward=lambda step: 0.4 + 0.15 * (-1) ** step), "learning_rate_too_high"),
         ({"verdicts/ok": lambda step: 6 + 3 * step, "verdicts/no_answer": 60.0}, "not_understood"),  # being learned

@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from statistics import median
 
 from common.rewards.answers import extract
 
@@ -188,8 +189,8 @@ def entropy_explosion(history: list[dict], args: dict) -> str | None:
 def kl_explosion(history: list[dict], args: dict) -> str | None:
     """Two nats a token: a completion of thirty tokens is e^60 times likelier than under the reference, whose penalty no
     longer holds. Runs that learn stay below a tenth of it, NoisyGRPO's, which train on what they would not say, below
-    one."""
-    now = mean(last(history, "kl", SOON))
+    one. The median of the steps, since the k3 estimate of a single token may be in the thousands."""
+    now = median(last(history, "kl", SOON) or [0.0])
     if len(history) < SOON or not now > 2:
         return None
     return (
