@@ -171,7 +171,7 @@ def ticks(low: float, high: float, most: int = 4) -> list[float]:
     """Round numbers between two values.
 
     >>> ticks(0, 0.83), ticks(0, 300)
-    ([0.0, 0.2, 0.4, 0.6, 0.8], [0.0, 100.0, 200.0, 300.0])
+    ([0.0, 0.25, 0.5, 0.75], [0.0, 100.0, 200.0, 300.0])
     """
     rough = (high - low) / most or 1.0
     power = 10.0 ** math.floor(math.log10(rough))
