@@ -1,193 +1,88 @@
 """NoisyGRPO: explore under noisy images, judge by how noisy they were.
 
-"NoisyGRPO: Incentivizing Multimodal CoT Reasoning via Noise Injection and Bayesian Estimation" (Qiu et al. 2025, arXiv
-2510.21122); NoisyRollout (Liu et al. 2025, 2504.13055) by `--noise-levels 0 0.5 --posterior none --anneal
---kl-coef 0`, but that each noisy completion has a noise of its own.
+    python noisy_grpo.py                                           # a laptop: built-in model and puzzles
+    accelerate launch noisy_grpo.py --model Qwen/Qwen3-VL-4B       # one or several GPUs
 
-    python noisy_grpo.py                                                        # a laptop: built-in model and puzzles
-    python noisy_grpo.py --model Qwen/Qwen3-VL-4B --lora-rank 64                # one GPU
-    accelerate launch --num-processes 8 noisy_grpo.py --model Qwen/Qwen3-VL-4B  # a node
+For each prompt (image and question) sample G completions, score each with a rule, and take the group's own mean for a
+baseline: a completion is reinforced as far as it beats its siblings.
 
-Each completion of a group is sampled on its own noisy copy of the image, so that a group holds trajectories with less
-and less visual evidence. The advantage is the mean of a posterior: the noise level gives the prior (the less noise the
-better), the reward the observation, which is trusted the more the further the rewards of a group lie apart. What is
-trained is the policy on the clean image: noise decides which completions are tried, and how they are weighed.
+NoisyGRPO (Qiu et al. 2025, arXiv 2510.21122) samples each completion on its own noisy copy of the image and trains it
+on the clean one. The advantage is a posterior's mean: the noise level gives the prior (the less the better), the reward
+the observation, trusted the more the further a group's rewards lie apart. The authors train with `--loss-type grpo
+--clip-high 0.2 --group-size 4`. NoisyRollout (2504.13055), but with a noise for each completion, is `--noise-levels 0
+0.5 --posterior none --anneal --kl-coef 0`.
 
     noise        image_r = sqrt(abar_t) image + sqrt(1 - abar_t) eps, t = 1000 n_r, n_r the noise level of completion r
-    z(x)         (x - mean of its group) / (standard deviation of its group + eps)
-    likelihood   variance v_l = lik_alpha / (s^2 + lik_alpha), s the standard deviation of the group's rewards
-    posterior    A_r = z((1 - K) z(R)_r + K z(1 - n)_r), K = v_l / (prior_var + v_l)
-    ratio        rho_rt = exp(logprob_rt - old_logprob_rt), both on the clean image
+    z(x)         (x - mean of its group) / (s(x) + eps), s the standard deviation of its group
+    advantage    A_r = z((1 - K) z(R)_r + K z(1 - n)_r), K = v / (prior_var + v), v = lik_alpha / (s(R)^2 + lik_alpha)
+    ratio        rho_rt = exp(logprob_rt - old_logprob_rt)
     token loss   q_rt = -min(rho_rt A_r, clip(rho_rt, 1 - clip_low, 1 + clip_high) A_r) + kl_coef k3_rt
     loss         the mean of q over the tokens of the whole optimizer step (`loss_type` dapo; others below)
 
-The penalty is the authors' and is needed: without it the built-in model collapses, since groups of equal rewards, also
-of wrong answers only, are trained by their noise at full strength. The authors train with `--loss-type grpo --clip-high
-0.2 --group-size 4`, a frozen vision tower and a reward between 0 and 2 (`--reward semantic`; here 0 and 1, hence a
-smaller s). Sampled tokens come from another distribution than the one that is trained, without correction: that is the
-method. `mismatch` in the log is mostly the noise's, and `--tis-cap` would work against it.
+GRPO is of DeepSeekMath (Shao et al. 2024, arXiv 2402.03300); its variants go by the field's names: token-level
+loss and clip-higher (DAPO, 2503.14476), no length and no difficulty bias (Dr. GRPO, 2503.20783), sequence-level ratios
+(GSPO, 2507.18071).
 
 Symbols: N prompts a step over all processes, G completions a prompt, R = N G rows, rows of a prompt together, T tokens.
 """
 
-import contextlib
-import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import PIL.Image
 import torch
-import tyro
-from accelerate import Accelerator
-from PIL import Image
 
-from common.corruptions import rgb
-from common.data.examples import TEMPLATE, ahead, batch_indices, build_messages, check_template, load_examples
-from common.evaluation.accuracy import evaluate
-from common.model.load import check_model, encode_prompts, load_policy, replace_images
-from common.model.processes import distribute, gather_weights, in_step, start_processes
+from common.data.prompts import draw_prompts, load_splits, local_places, prefetch, replace_images
+from common.evaluation.training import Evaluations
 from common.model.sampling import decode, sample, uniform_numbers
-from common.model.scoring import Scorer, micro_batches, rows_of, score_without_gradient
-from common.rewards.answers import score
-from common.rewards.designs import check_markers, check_tokenizer, design_rewards, overlong_penalty, request_for
-from common.run.folder import Run, check_accelerate, check_flags, memory_advice
+from common.model.training import Batch, micro_batches, prepare, rows_of, score_rows, total_counts
+from common.rewards.designs import check_tokenizer, overlong_penalty, reward_completions
+from common.run.folder import start_run
+from common.run.settings import Count, Group, Positive, Settings, Share, Weight, check_settings, launch
 
 
 @dataclass
-class Args:
-    # --- the run
-    model: str = "tiny"
-    """built-in `tiny`, a folder, or a hub id of the Qwen2-VL, Qwen2.5-VL and Qwen3-VL families"""
-    lora_rank: int = 0
-    """train adapters of this rank instead of all weights (0: all weights)"""
-    max_pixels: int = 0
-    """bound on an image's area after resizing, in pixels (0: as the checkpoint says)"""
-    data: str = ""
-    """`puzzles`, a .jsonl or .parquet file, a folder, or a hub id (default: puzzles; geometry3k for a hub model)"""
-    train_split: str = "train"
-    """split to train on"""
-    eval_split: str = "validation"
-    """split for the evaluations during training"""
-    test_split: str = "test"
-    """split for the evaluations before and after training"""
-    image_column: str = ""
-    """column that holds the images (default: found by the usual names)"""
-    question_column: str = ""
-    """column that holds the question (default: found by the usual names)"""
-    answer_column: str = ""
-    """column that holds the answer (default: found by the usual names)"""
-    kind: str = ""
-    """how answers are checked: math, int, letter, ... (default: math for data sets that do not say)"""
-    prompt_template: str = TEMPLATE
-    """what the model reads; {question} is filled in, and {request} with what the reward asks for"""
-    reward: Literal[
-        "accuracy", "vanilla", "only_accuracy", "mixture", "continuous", "visual_fusion", "no_accuracy", "semantic"
-    ] = "accuracy"
-    """a right answer, tagged or boxed; or a design of common/rewards/designs.py"""
-    encoder: str = "sentence-transformers/all-mpnet-base-v2"
-    """sentence encoder of `--reward semantic`, a hub id or a folder"""
-    soft_punish_cache: int = 0
-    """completions that come within so many tokens of the length limit lose up to 1 (DAPO; 0: none)"""
-    steps: int = 300
-    """rollouts to train for"""
-    eval_every: int = 100
-    """steps between evaluations on `eval_split` (0: none)"""
-    eval_examples: int = 200
-    """examples of an evaluation during training"""
-    test_examples: int = 500
-    """examples of the evaluations before and after training (0: none)"""
-    save_every: int = 100
-    """steps between checkpoints"""
-    keep_checkpoints: int = 2
-    """newest checkpoints that are kept"""
-    out: str = ""
-    """run folder (default: runs/<script>-<model>-seed<seed>)"""
-    resume: str = ""
-    """run folder to continue"""
-    track: str = ""
-    """also log to tensorboard, wandb or trackio"""
-    seed: int = 1
-    """everything random is a function of this, the step and the row"""
-
-    # --- sampling and optimization, the same in every script
-    prompts_per_step: int = 8
-    """N: prompts of a rollout, over all processes"""
-    group_size: int = 8
-    """G: completions a prompt"""
-    max_completion_length: int = 0
-    """longest completion in tokens (default: 72 for the built-in model, else 2048)"""
-    temperature: float = 1.0
-    """sampling temperature; log-probabilities are taken at it"""
-    top_p: float = 1.0
-    """nucleus sampling; below 1 the sampled distribution is no longer the one that is trained"""
-    top_k: int = 0
-    """sample from the k likeliest tokens only (0: all), with the same caution"""
-    learning_rate: float = 0.0
-    """constant rate of AdamW (default: 3e-5 for the built-in model, else 1e-6)"""
-    max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
-    updates_per_rollout: int = 1
-    """optimizer steps that a rollout's prompts are divided over"""
-    epochs_per_rollout: int = 1
-    """passes over a rollout"""
-    micro_batch_tokens: int = 16384
-    """tokens, prompts and padding included, of one forward and backward; lower it when memory runs out"""
-
-    # --- the method
+class Args(Settings):
+    prompts_per_step: Count = 8  # N: prompts of a rollout, over all processes
+    group_size: Group = 8  # G: completions a prompt
+    max_completion_length: Count | None = None  # in tokens (default: 72 for the built-in model, else 2048)
+    temperature: Positive = 1.0  # of sampling; log-probabilities are taken at it
+    learning_rate: Weight | None = None  # constant rate of AdamW (default: 3e-5 for the built-in model, else 1e-6)
+    max_grad_norm: Positive = 1.0  # gradients are clipped to this norm
+    updates_per_rollout: Count = 1  # optimizer steps that a rollout's prompts are divided over
+    epochs_per_rollout: Count = 1  # passes over a rollout
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """divide centred rewards by the standard deviation of the group, of the whole step, or not (Dr. GRPO)"""
-    advantage_eps: float = 1e-4
-    """added to that standard deviation"""
-    loss_type: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = "dapo"
-    """how tokens are averaged; see `token_weights`"""
+    advantage_eps: Weight = 1e-4  # added to that standard deviation
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = "dapo"  # how tokens are averaged; see `token_weights`
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """one ratio a token, or their geometric mean over the completion (GSPO)"""
-    clip_low: float = 0.2
-    """a ratio below 1 - clip_low gives a token with negative advantage no further push"""
-    clip_high: float = 0.28
-    """a ratio above 1 + clip_high gives a token with positive advantage no further push (clip-higher, DAPO)"""
-    delta: float = 0.0
-    """upper bound of the ratio where the advantage is negative; must exceed 1 + clip_high (0: none)"""
-    tis_cap: float = 0.0
+    clip_low: Weight = 0.2  # a ratio below 1 - clip_low gives a token with negative advantage no further push
+    clip_high: Weight = 0.28  # a ratio above 1 + clip_high gives one with positive advantage none (clip-higher, DAPO)
+    delta: Weight = 0.0  # bound of the ratio where the advantage is negative, above 1 + clip_high (0: none)
+    tis_cap: Weight = 0.0
     """weigh tokens by training over sampling probability, at most this, where the two forwards round apart (0: off)"""
-    kl_coef: float = 0.04
-    """weight of the k3 penalty to the initial policy (0: no reference is loaded)"""
+    kl_coef: Weight = 0.04  # weight of the k3 penalty to the initial policy (0: no reference is loaded)
     mask_truncated_completions: bool = False
     """leave completions that hit the length limit out of the loss (overlong filtering, DAPO)"""
     filter_groups: Literal["none", "reward", "accuracy"] = "none"
     """leave groups without reward variance, or all right or all wrong, out of the loss's denominators too"""
-    noise_levels: tuple[float, ...] = (0.0, 0.3, 0.6, 0.9)
-    """noise of a group's completions, from 0 to 1, in turn"""
-    noise_draw: Literal["ladder", "uniform"] = "ladder"
-    """these levels, or each completion's own, uniform between 0 and 1"""
-    noise_images: bool = True
-    """sample on noisy images (ablation: levels count in the advantage only)"""
-    anneal: bool = False
-    """let the levels fall to 0 along a sigmoid about two thirds of `steps` (NoisyRollout)"""
-    update_image: Literal["clean", "noisy"] = "clean"
-    """what log-probabilities are conditioned on in training"""
-    to_bytes: Literal["clamp", "wrap"] = "clamp"
-    """noisy values beyond black and white: clamp, or wrap around as the authors' conversion does by accident"""
-    posterior: Literal["bayes", "fixed", "none"] = "bayes"
-    """weigh noise and reward by the spread of the rewards, by a fixed variance, or use rewards alone"""
-    prior_var: float = 0.1
-    """variance of the prior"""
-    lik_alpha: float = 0.01
-    """likelihood variance where all rewards agree is 1; where they spread by s it is alpha / (s^2 + alpha)"""
-    lik_var: float = 0.1
-    """likelihood variance of `--posterior fixed`"""
-    tie_mode: Literal["keep", "skip", "shrink"] = "keep"
-    """groups of equal rewards: a full gradient from the noise alone, none, or one that is not scaled up again"""
-
-    def __post_init__(self):
-        tiny = self.model == "tiny"
-        self.data = self.data or ("puzzles" if tiny else "hiyouga/geometry3k")
-        self.learning_rate = self.learning_rate or (3e-5 if tiny else 1e-6)
-        self.max_completion_length = self.max_completion_length or (72 if tiny else 2048)
-        self.prompt_template = self.prompt_template.replace("{request}", request_for(self.reward, tiny))
+    noise_levels: tuple[Share, ...] = (0.0, 0.3, 0.6, 0.9)  # noise of a group's completions, in turn
+    noise_draw: Literal["ladder", "uniform"] = "ladder"  # these levels, or each completion's own, uniform from 0 to 1
+    noise_images: bool = True  # sample on noisy images (ablation: levels count in the advantage only)
+    anneal: bool = False  # let the levels fall to 0 along a sigmoid about two thirds of `steps` (NoisyRollout)
+    update_image: Literal["clean", "noisy"] = "clean"  # what log-probabilities are conditioned on in training
+    to_bytes: Literal["clamp", "wrap"] = "clamp"  # beyond black and white, or (authors, by accident) modulo 256
+    posterior: Literal["bayes", "fixed", "none"] = "bayes"  # trust by spread, by a fixed variance, or rewards alone
+    prior_var: Positive = 0.1  # variance of the prior
+    lik_alpha: Positive = 0.01  # the likelihood's variance is 1 where all rewards agree, alpha / (s^2 + alpha) else
+    lik_var: Positive = 0.1  # likelihood variance of `--posterior fixed`
+    tie_mode: Literal["keep", "skip", "shrink"] = "keep"  # equal rewards: trained by noise fully, not, or unscaled
 
 
-# ------------------------------------------------------------------------------------------------- the method
+# === The method ===
 
 
 def group_advantages(rewards: torch.Tensor, group_size: int, scale_rewards: str, eps: float) -> torch.Tensor:
@@ -277,12 +172,7 @@ def policy_loss(
 
 def noise_schedule() -> np.ndarray:
     """abar [1000] float64: the share of an image's variance that is left after each step of the forward process."""
-    steps = np.arange(1000)
-    betas = (0.005 - 1e-5) / (1 + np.exp(6 - 12 * steps / 999)) + 1e-5
-    return np.cumprod(1 - betas)
-
-
-ABAR = noise_schedule()
+    return np.cumprod(1 - ((0.005 - 1e-5) / (1 + np.exp(6 - 12 * np.arange(1000) / 999)) + 1e-5))
 
 
 def noisy_bytes(values: np.ndarray, to_bytes: str) -> np.ndarray:
@@ -291,19 +181,18 @@ def noisy_bytes(values: np.ndarray, to_bytes: str) -> np.ndarray:
     return (np.clip(scaled, 0, 255) if to_bytes == "clamp" else scaled % 256).astype(np.uint8)
 
 
-def noisy_image(image: Image.Image, level: float, dice: np.random.Generator, to_bytes: str) -> Image.Image:
-    """The image after step 1000 `level` of the forward process; level 0 is the image itself."""
+def noisy_image(image: PIL.Image.Image, level: float, dice: np.random.Generator, to_bytes: str) -> PIL.Image.Image:
+    """The RGB image after step 1000 `level` of the forward process; level 0 is the image itself."""
     if level == 0:
         return image
-    abar = ABAR[min(int(1000 * level + 1e-9), 999)]
-    pixels = rgb(image) / 255
-    noise = dice.standard_normal(pixels.shape)
-    return Image.fromarray(noisy_bytes(np.sqrt(abar) * pixels + np.sqrt(1 - abar) * noise, to_bytes))
+    pixels, abar = np.asarray(image) / 255, noise_schedule()[min(int(1000 * level + 1e-9), 999)]
+    noisy = np.sqrt(abar) * pixels + np.sqrt(1 - abar) * dice.standard_normal(pixels.shape)
+    return PIL.Image.fromarray(noisy_bytes(noisy, to_bytes))
 
 
 def levels_of(step: int, place: int, args: Args) -> np.ndarray:
     """Noise levels [G] float64 of the completions of one prompt."""
-    levels = np.resize(np.array(args.noise_levels), args.group_size)
+    levels = np.resize(args.noise_levels, args.group_size)
     if args.noise_draw == "uniform":
         levels = np.random.default_rng([args.seed, step, place, 1 + args.group_size]).random(args.group_size)
     if args.anneal:  # NoisyRollout: steepness 30, half at two thirds
@@ -313,317 +202,171 @@ def levels_of(step: int, place: int, args: Args) -> np.ndarray:
 
 def group_z(x: torch.Tensor, eps: float) -> torch.Tensor:
     """x [N, G] against its group: mean 0, and standard deviation (divisor G - 1) 1 but for `eps`; 0 where all agree."""
-    centred = x - x.mean(1, keepdim=True)
-    spread = x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
-    return torch.where(spread > 1e-6, centred / (x.std(1, keepdim=True) + eps), 0)
+    varied = x.amax(1, keepdim=True) - x.amin(1, keepdim=True) > 1e-6
+    return torch.where(varied, (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + eps), 0)
 
 
 def posterior_advantages(rewards: torch.Tensor, levels: torch.Tensor, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advantages [R] float32 of rewards [R] under noise levels [R], and the prior's weight K [N] of each group.
-
-    Posterior mean of a Gaussian prior by noise level and a Gaussian likelihood by reward, both standardized in the
-    group, standardized again (NoisyGRPO; section 2 of the released method).
-    """
-    groups = rewards.double().view(-1, args.group_size)  # [N, G]
-    prior = group_z(1 - levels.double().view_as(groups), args.advantage_eps)
-    spread = groups.std(1, keepdim=True)
-    likelihood_var = args.lik_alpha / (spread**2 + args.lik_alpha)
-    if args.posterior == "fixed":
-        likelihood_var = torch.full_like(spread, args.lik_var)
+    """Advantages [R] float32 of rewards [R] under noise levels [R], and the prior's weight K [N] of each group: of a
+    Gaussian prior by noise and a likelihood by reward, both standardized in the group, the posterior's mean as well."""
+    groups, eps = rewards.double().view(-1, args.group_size), args.advantage_eps  # [N, G]
+    by_spread = args.lik_alpha / (groups.std(1, keepdim=True) ** 2 + args.lik_alpha)  # [N, 1]
+    likelihood_var = torch.full_like(by_spread, args.lik_var) if args.posterior == "fixed" else by_spread
     weight = likelihood_var / (args.prior_var + likelihood_var)  # [N, 1]
-    mean = (1 - weight) * group_z(groups, args.advantage_eps) + weight * prior
-    advantages = group_z(mean, args.advantage_eps)
-    tied = groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True) <= 1e-6
-    if args.tie_mode == "skip":
-        advantages = torch.where(tied, 0, advantages)
-    elif args.tie_mode == "shrink":
-        advantages = torch.where(tied, mean, advantages)
+    mean = (1 - weight) * group_z(groups, eps) + weight * group_z(1 - levels.double().view_as(groups), eps)
+    advantages = group_z(mean, eps)
+    if args.tie_mode != "keep":
+        tied = groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True) <= 1e-6
+        advantages = torch.where(tied, 0 if args.tie_mode == "skip" else mean, advantages)
     return advantages.flatten().float(), weight[:, 0].float()
 
 
-# ------------------------------------------------------------------------------------------------- the run
+def noisy_prompts(policy, examples, prompts, step: int, places: list[int], args: Args):
+    """Examples and prompts as drawn, noise levels [R], and a prompt a row that sees its noisy copy of the pictures."""
+    levels, pictures = np.stack([levels_of(step, place, args) for place in places]), []  # [N, G]
+    for (n, g), level in np.ndenumerate(levels * args.noise_images):
+        dice = np.random.default_rng([args.seed, step, places[n], 1 + g])
+        pictures.append([noisy_image(image, level, dice, args.to_bytes) for image in examples[n].images])
+    noisy = prompts.select(np.arange(len(places)).repeat(args.group_size).tolist())
+    return examples, prompts, torch.from_numpy(levels).float().flatten(), replace_images(policy, noisy, pictures)
 
 
-@memory_advice()
+# === The run ===
+
+
 def main(args: Args) -> dict:
     # === Set up ===
-    accelerator = start_processes()
-    device, processes = accelerator.device, accelerator.num_processes
-    check(args, accelerator)
-    run = Run(args, accelerator, "noisy_grpo")
-    columns = {name: getattr(args, name) for name in ("image_column", "question_column", "answer_column", "kind")}
-    draws = args.steps * args.prompts_per_step
-    train = load_examples(args.data, args.train_split, draws=draws, seed=args.seed, **columns)
-    held_out = load_examples(args.data, args.eval_split, limit=args.eval_examples, **columns) if args.eval_every else []
-    test = load_examples(args.data, args.test_split, limit=args.test_examples, **columns) if args.test_examples else []
-    policy = load_policy(
-        args.model, device=device, lora_rank=args.lora_rank, max_pixels=args.max_pixels, seed=args.seed
-    )
+    check(args)
+    run = start_run(args, Path(__file__).stem)
+    accelerator, meter, device = run.accelerator, run.meter, run.accelerator.device
+    limit = args.max_completion_length
+    train, held_out, test = load_splits(args)
+    policy, scorer, reference, optimizer = prepare(args, accelerator)
     check_tokenizer(args.reward, policy.tokenizer)
-    scorer = Scorer(policy, gradient_checkpointing=device.type == "cuda", slice_tokens=args.micro_batch_tokens)
-    trained_scorer, parameters = distribute(scorer, accelerator)
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    reference = None
-    if args.kl_coef and not args.lora_rank:
-        frozen = load_policy(args.model, device=device, max_pixels=args.max_pixels, trainable=False)
-        reference = Scorer(frozen)
     first_step = run.restore(policy, optimizer)
-    gather_weights(scorer)
+    evaluations = Evaluations(args, run, policy, held_out, test)
+    places = local_places(args, accelerator)  # of this process's prompts among the step's N
+    numbers = rows_of(places, args.group_size)  # of their rows among the step's R
+    local = slice(accelerator.process_index * len(numbers), (accelerator.process_index + 1) * len(numbers))
 
-    evaluation = {
-        "template": args.prompt_template,
-        "max_new_tokens": args.max_completion_length,
-        "batch_prompts": max(1, min(64, args.micro_batch_tokens // args.max_completion_length)),
-        "seed": args.seed,
-        "accelerator": accelerator,
-    }
+    def draw(step):
+        return noisy_prompts(policy, *draw_prompts(args, policy, train, step, places), step, places, args)
 
-    def accuracy_on(examples):
-        return evaluate(policy, examples, **evaluation)
-
-    # A process takes its share of each update's prompts: an update sees the same prompts on any number of them.
-    shares = torch.arange(args.prompts_per_step).view(args.updates_per_rollout, processes, -1)
-    places = shares[:, accelerator.process_index].flatten().tolist()
-
-    def draw(step):  # on CUDA in a thread, a step ahead
-        indices = batch_indices(args.seed, step, args.prompts_per_step, len(train))
-        examples = [train[indices[place]] for place in places]
-        prompts = encode_prompts(
-            policy, [build_messages(e, args.prompt_template) for e in examples], [list(e.images) for e in examples]
-        )
-        # Every completion sees its own image: groups of one.
-        levels = np.stack([levels_of(step, place, args) for place in places])  # [N, G]
-        noisy = prompts.select([n for n in range(len(places)) for _ in range(args.group_size)])
-        if args.noise_images:
-            pictures = []
-            for (n, g), level in np.ndenumerate(levels):
-                dice = np.random.default_rng([args.seed, step, places[n], 1 + g])
-                pictures.append([noisy_image(image, level, dice, args.to_bytes) for image in examples[n].images])
-            noisy = replace_images(policy, noisy, pictures)
-        return examples, prompts, levels, noisy
-
-    before = run.once("before", lambda: accuracy_on(test)) if args.test_examples else None
-
-    for step, drawn in ahead(draw, range(first_step, args.steps), in_thread=device.type == "cuda"):
-        started = time.perf_counter()
-
+    evaluations.before()
+    for step, drawn in prefetch(draw, range(first_step, args.steps), in_thread=device.type == "cuda"):
         # === Sample: N prompts, G completions each ===
+        meter.start()
         examples, prompts, levels, noisy = drawn()
-        rows = [place * args.group_size + g for place in places for g in range(args.group_size)]
-        rollout = sample(
-            policy,
-            noisy,
-            1,
-            args.max_completion_length,
-            uniform_numbers(args.seed, step, rows, args.max_completion_length),
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-        )
-        ids, mask = rollout.completion_ids, rollout.completion_mask  # [R, T]
+        uniforms = uniform_numbers(args.seed, step, numbers, limit)  # [R, T] in [0, 1)
+        rollout = sample(policy, noisy, 1, limit, uniforms, args.temperature, args.top_p, args.top_k)
+        ids, completion_mask = rollout.completion_ids, rollout.completion_mask  # [R, T]
         completions = decode(policy, rollout)
-        sampled = time.perf_counter()
+        meter.add("completions/mean_length", completion_mask.sum(1))
+        meter.add("completions/clipped_ratio", ~rollout.ended)
+        meter.lap("sample")
 
         # === Reward: one number a row ===
-        asked = [e for e in examples for _ in range(args.group_size)]  # rows of a prompt stand together
-        accuracy, verdicts = score(completions, asked, "auto" if args.reward == "accuracy" else "tag")
-        rewards, terms = design_rewards(args.reward, completions, asked, accuracy, args.encoder)
-        rewards, accuracy = torch.tensor(rewards, device=device), torch.tensor(accuracy, device=device)  # [R] both
+        asked = [example for example in examples for _ in range(args.group_size)]  # rows of a prompt stand together
+        scored = reward_completions(args.reward, completions, asked, args.encoder)
+        rewards, accuracy = (torch.tensor(x, device=device) for x in (scored.rewards, scored.accuracy))  # [R] both
         if args.soft_punish_cache:
-            rewards += overlong_penalty(mask.sum(1), args.max_completion_length, args.soft_punish_cache)
+            rewards += overlong_penalty(completion_mask.sum(1), limit, args.soft_punish_cache)
+        meter.add("reward", rewards)
+        meter.add("reward_std", rewards.view(-1, args.group_size).std(1))
+        meter.add("accuracy", accuracy)
+        meter.add("frac_reward_zero_std", ~kept_groups(rewards, accuracy, args.group_size, "reward"))
+        meter.add("frac_accuracy_constant", accuracy.view(-1, args.group_size).std(1) == 0)
+        meter.add_terms(scored.terms, scored.verdicts)
+        meter.lap("reward")
 
         # === Advantage: each row against its group ===
-        mine = slice(accelerator.process_index * len(rows), (accelerator.process_index + 1) * len(rows))
         all_rewards = accelerator.gather(rewards)
-        advantages = group_advantages(all_rewards, args.group_size, args.scale_rewards, args.advantage_eps)[mine]
-        all_levels = accelerator.gather(torch.from_numpy(levels).float().flatten().to(device))
-        prior_weights = torch.zeros(args.prompts_per_step)
+        advantages = group_advantages(all_rewards, args.group_size, args.scale_rewards, args.advantage_eps)[
+            local
+        ]  # [R]
         if args.posterior != "none":
-            advantages, prior_weights = posterior_advantages(all_rewards, all_levels, args)
-            advantages = advantages[mine]
+            advantages, prior_weights = posterior_advantages(rewards, levels.to(device), args)
+            meter.add("prior_weight", prior_weights)
+        for g, level in enumerate(np.resize(args.noise_levels, args.group_size) if args.noise_draw == "ladder" else ()):
+            meter.add(f"noise/{level:.2f}/reward", rewards[g :: args.group_size])
+            meter.add(f"noise/{level:.2f}/advantage", advantages[g :: args.group_size])
         kept = kept_groups(rewards, accuracy, args.group_size, args.filter_groups)  # [N] groups that count
-        loss_mask = mask & kept.repeat_interleave(args.group_size)[:, None]  # [R, T]
+        mask = completion_mask & kept.repeat_interleave(args.group_size)[:, None]  # [R, T] tokens that count
         if args.mask_truncated_completions:
-            loss_mask = loss_mask & rollout.ended[:, None]
-
+            mask = mask & rollout.ended[:, None]
         # Without a penalty a group of equal rewards has no gradient: it counts in the means but is not scored.
-        trained = kept
-        if not args.kl_coef:
-            trained = kept & (advantages.view(-1, args.group_size) != 0).any(1)
-        trained = trained & loss_mask.view(len(trained), -1).any(1)  # [N]
+        trained = kept & ((advantages.view(-1, args.group_size) != 0).any(1) | bool(args.kl_coef))
+        trained = trained & mask.view(len(kept), -1).any(1)  # [N]
 
         # === Views: everything else that the loss compares the scores with ===
-        updates = args.updates_per_rollout * args.epochs_per_rollout
-        score_rows = dict(
-            group_size=args.group_size, temperature=args.temperature, micro_batch_tokens=args.micro_batch_tokens
+        batch = Batch(
+            prompts=prompts if args.update_image == "clean" else noisy,
+            ids=ids,
+            completion_mask=completion_mask,
+            mask=mask,
+            advantages=advantages[:, None],
+            sampled_logprobs=rollout.old_logprobs,
+            old_logprobs=None,  # with one update those of the scores themselves
+            ref_logprobs=None,
+            kept=kept.repeat_interleave(args.group_size),
+            trained=trained.repeat_interleave(args.group_size),
         )
-        seen, wanted = prompts, trained
-        if args.update_image == "noisy":
-            seen, wanted = noisy, trained.repeat_interleave(args.group_size)
-            score_rows["group_size"] = 1
-        old_logprobs = ref_logprobs = None
+        updates = args.updates_per_rollout * args.epochs_per_rollout
         if updates > 1:
-            old_logprobs = score_without_gradient(scorer, seen, ids, mask, wanted, **score_rows)
+            batch.old_logprobs = score_rows(scorer, batch, args.temperature, args.micro_batch_tokens)
         if args.kl_coef:
-            with policy.model.disable_adapter() if args.lora_rank else contextlib.nullcontext():
-                ref_logprobs = score_without_gradient(reference or scorer, seen, ids, mask, wanted, **score_rows)
+            batch.ref_logprobs = score_rows(reference, batch, args.temperature, args.micro_batch_tokens)
 
         # === Update ===
-        sums = dict.fromkeys(("loss", "entropy", "kl", "clip_low", "clip_high", "mismatch", "scored"), 0.0)
-        grad_norms, skipped = [], 0
-        for update in range(updates):
-            share = len(examples) // args.updates_per_rollout
-            first = update % args.updates_per_rollout * share
-            chosen = rows_of(range(first, first + share), args.group_size)
-            # The means' denominators, over all processes; every process then makes at least one backward call.
-            counts = torch.stack(
-                [
-                    kept[first : first + share].sum() * args.group_size,
-                    loss_mask[chosen].sum(),
-                    trained[first : first + share].sum(),
-                ]
-            )
-            total_rows, total_tokens, total_trained = accelerator.reduce(counts).tolist()
-            if not total_trained:
-                skipped += 1
+        for part in batch.split(args.updates_per_rollout) * args.epochs_per_rollout:
+            rows, tokens, trained_rows = total_counts(part, accelerator)  # the means' denominators, over all processes
+            meter.total("updates_skipped", (trained_rows == 0) / accelerator.num_processes)
+            if not trained_rows:
                 continue
-            groups = [n for n in range(first, first + share) if trained[n]] or [first]
-            width = seen.input_ids.shape[1] * (1 if seen is prompts else args.group_size)  # of a group's prompts
-            batches = list(
-                micro_batches(mask[rows_of(groups, args.group_size)], width, args.group_size, args.micro_batch_tokens)
-            )
-            for batch in in_step(batches, trained_scorer, accelerator, prompts, ids, mask):
-                members = [groups[n] for n in batch]
-                own = rows_of(members, args.group_size)
-                length = int(mask[own].sum(1).max())
-                own_mask = loss_mask[own, :length] & trained[members].repeat_interleave(args.group_size)[:, None]
-                scores = trained_scorer(
-                    seen.select(members if seen is prompts else own),
-                    ids[own, :length],
-                    mask[own, :length],
-                    args.temperature,
-                )
-                old = scores.logprobs.detach() if old_logprobs is None else old_logprobs[own, :length]
-                losses, ratio = policy_loss(scores.logprobs, old, advantages[own, None], own_mask, args)
-                sampled_logprobs = rollout.old_logprobs[own, :length]
-                sums["mismatch"] += (old - sampled_logprobs)[own_mask].abs().sum()
+            for mb in micro_batches(part, args.group_size, args.micro_batch_tokens, accelerator):
+                scores = scorer(mb.prompts, mb.ids, mb.completion_mask, args.temperature)
+                old_logprobs = scores.logprobs.detach() if mb.old_logprobs is None else mb.old_logprobs
+                losses, ratio = policy_loss(scores.logprobs, old_logprobs, mb.advantages, mb.mask, args)
                 if args.tis_cap:
-                    losses = losses * importance_weights(old, sampled_logprobs, args.tis_cap)
-                if ref_logprobs is not None:
-                    kl = k3_divergence(scores.logprobs, ref_logprobs[own, :length])
+                    losses = losses * importance_weights(old_logprobs, mb.sampled_logprobs, args.tis_cap)
+                if args.kl_coef:
+                    kl = k3_divergence(scores.logprobs, mb.ref_logprobs)
                     losses = losses + args.kl_coef * kl
-                    sums["kl"] += kl.detach()[own_mask].sum()
-                weights = token_weights(own_mask, args.loss_type, total_rows, total_tokens, args.max_completion_length)
-                loss = (torch.where(own_mask, losses, 0) * weights).sum()
-                accelerator.backward(loss * processes)  # gradients are averaged over processes, the loss is a sum
-                positive, negative = advantages[own, None] > 0, advantages[own, None] < 0
-                sums["loss"] += loss.detach()
-                sums["scored"] += own_mask.sum()
-                sums["entropy"] += scores.entropy[own_mask].sum()
-                sums["clip_low"] += ((ratio < 1 - args.clip_low) & negative & own_mask).sum()
-                sums["clip_high"] += ((ratio > 1 + args.clip_high) & positive & own_mask).sum()
-            grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    meter.add("kl", kl, mb.mask)
+                weights = token_weights(mb.mask, args.loss_type, rows, tokens, limit)
+                loss = (torch.where(mb.mask, losses, 0) * weights).sum()
+                accelerator.backward(loss * accelerator.num_processes)  # which averages gradients; the loss is a sum
+                meter.total("loss", loss / updates)
+                meter.add("entropy", scores.entropy, mb.mask)
+                meter.add("mismatch", (old_logprobs - mb.sampled_logprobs).abs(), mb.mask)
+                meter.add("clip_ratio/low_mean", (ratio < 1 - args.clip_low) & (mb.advantages < 0), mb.mask)
+                meter.add("clip_ratio/high_mean", (ratio > 1 + args.clip_high) & (mb.advantages > 0), mb.mask)
+            grad_norm = accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
             if run.check_gradients(grad_norm):
                 optimizer.step()
-                gather_weights(scorer)
-                grad_norms.append(float(grad_norm))
+                meter.add("grad_norm", float(grad_norm))
             optimizer.zero_grad()
+        meter.lap("update")
 
         # === Log ===
-        lengths = mask.sum(1)
-        varied = kept_groups(rewards, accuracy, args.group_size, "reward")
-        local = {"right": accuracy.sum(), "varied": varied.sum(), "tokens": lengths.sum(), "ended": rollout.ended.sum()}
-        local |= sums | {f"verdicts/{status}": count for status, count in verdicts.items()}
-        local |= {f"rewards/{name}/mean": sum(scores) for name, scores in terms.items()}
-        local["constant"] = (accuracy.view(-1, args.group_size).std(1) == 0).sum()
-        values = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in local.values()])
-        totals = dict(zip(local, accelerator.reduce(values).tolist(), strict=True))
-        all_rows, scored = len(all_rewards), totals["scored"] or float("nan")
-        seconds = time.perf_counter() - started
-        metrics = {
-            "reward": float(all_rewards.mean()),
-            "reward_std": float(all_rewards.view(-1, args.group_size).std(1).mean()),
-            "accuracy": totals["right"] / all_rows,
-            "frac_reward_zero_std": 1 - totals["varied"] / args.prompts_per_step,
-            "frac_accuracy_constant": totals["constant"] / args.prompts_per_step,
-            **{f"rewards/{name}/mean": totals[f"rewards/{name}/mean"] / all_rows for name in terms},
-            "completions/mean_length": totals["tokens"] / all_rows,
-            "completions/clipped_ratio": 1 - totals["ended"] / all_rows,
-            "loss": totals["loss"] / updates,
-            "entropy": totals["entropy"] / scored,
-            "kl": totals["kl"] / scored,
-            "clip_ratio/low_mean": totals["clip_low"] / scored,
-            "clip_ratio/high_mean": totals["clip_high"] / scored,
-            "mismatch": totals["mismatch"] / scored,
-            "grad_norm": sum(grad_norms) / len(grad_norms) if grad_norms else float("nan"),
-            "updates_skipped": skipped,
-            "lr": args.learning_rate,
-            "tokens_per_second": totals["tokens"] / seconds,
-            "seconds": seconds,
-            "seconds/sample": sampled - started,
-            **{name: totals[name] for name in (f"verdicts/{status}" for status in verdicts) if totals[name]},
-        }
-        groups = all_rewards.view(-1, args.group_size)
-        metrics |= {
-            "prior_weight": float(prior_weights.mean()),
-            "frac_tied": float((groups.amax(1) - groups.amin(1) <= 1e-6).float().mean()),
-        }
-        all_advantages = accelerator.gather(advantages)
-        ladder = np.resize(args.noise_levels, args.group_size)  # by the levels as given, also where they are annealed
-        for level in sorted(set(ladder)) if args.noise_draw == "ladder" else ():
-            those = torch.from_numpy(np.tile(ladder == level, args.prompts_per_step)).to(device)  # [R]
-            metrics[f"noise/{level:.2f}/reward"] = float(all_rewards[those].mean())
-            metrics[f"noise/{level:.2f}/advantage"] = float(all_advantages[those].mean())
-        if args.eval_every and (step + 1) % args.eval_every == 0:
-            metrics["eval/accuracy"] = accuracy_on(held_out)["accuracy"]
-        run.log(step, metrics)
-        run.show(
-            step,
-            [
-                {
-                    "question": asked[r].question,
-                    "completion": completions[r],
-                    "answer": asked[r].answer,
-                    "reward": float(rewards[r]),
-                    "advantage": float(advantages[r]),
-                }
-                for r in range(args.group_size)
-            ],
-        )
+        metrics = {**meter.reduce(), "lr": args.learning_rate}
+        run.log(step, metrics | evaluations.during(step + 1))
+        group = slice(args.group_size)
+        run.show(step, asked[0], completions[group], reward=rewards[group], advantage=advantages[group])
 
         # === Save ===
-        stopping = run.should_stop()
-        if stopping or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            run.save(step + 1, policy, optimizer)
-        if stopping:
+        if run.save_when_due(step + 1, policy, optimizer):
             return run.stopped(step + 1)
 
-    after = accuracy_on(test) if args.test_examples else None
-    return run.finish({"before": before, "after": after})
+    return evaluations.finish()
 
 
-def check(args: Args, accelerator: Accelerator) -> None:
+def check(args: Args) -> None:
     """Stop with one line before anything long starts."""
-    processes = accelerator.num_processes
-    check_accelerate(accelerator)
-    check_flags(args)
-    check_model(args.model)
-    args.prompt_template = check_template(args.prompt_template)
-    if args.model != "tiny":
-        check_markers(args.reward, args.prompt_template)
-    if args.prompts_per_step % (processes * args.updates_per_rollout):
-        raise SystemExit(
-            f"--prompts-per-step {args.prompts_per_step}: must be a multiple of {processes} processes times "
-            f"--updates-per-rollout {args.updates_per_rollout}"
-        )
+    check_settings(args)
     if args.delta and args.delta <= 1 + args.clip_high:
         raise SystemExit(f"--delta {args.delta}: must exceed 1 + --clip-high {args.clip_high}")
-    if not args.noise_levels or not all(0 <= level <= 1 for level in args.noise_levels):
-        raise SystemExit(f"--noise-levels {' '.join(map(str, args.noise_levels))}: each must be from 0 to 1")
-    for name in ("prior_var", "lik_alpha", "lik_var"):
-        if not 0 < getattr(args, name) < float("inf"):
-            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    launch(main, Args)

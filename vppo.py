@@ -1,14 +1,15 @@
 """VPPO: policy gradients for the tokens, and the completions, that depend on the image.
 
-"Spotlight on Token Perception for Multimodal Reinforcement Learning" (Huang et al. 2025, arXiv 2510.09285).
+    python vppo.py                                           # a laptop: built-in model and puzzles
+    accelerate launch vppo.py --model Qwen/Qwen3-VL-4B       # one or several GPUs
 
-    python vppo.py                                                        # a laptop: built-in model and puzzles
-    python vppo.py --model Qwen/Qwen3-VL-4B --lora-rank 64                # one GPU
-    accelerate launch --num-processes 8 vppo.py --model Qwen/Qwen3-VL-4B  # a node
+For each prompt (image and question) sample G completions, score each with a rule, and take the group's own mean for a
+baseline: a completion is reinforced as far as it beats its siblings.
 
-In a chain of thought about an image only a few tokens depend on the image. How much each does is seen by scoring the
-completion once more, without gradient, with random patches of the image black. Of each completion only the tokens that
-depend most take part in the policy gradient, and completions that depend more on the image count more.
+VPPO (Huang et al. 2025, arXiv 2510.09285) scores completions again with random patches of the image black. The tokens
+whose log-probability depends most on the image take part in the policy gradient, and completions that depend more count
+more. The authors train with DAPO's group filter, as here, and `--delta 3 --top-p 0.99`. With `--keep-fraction 1
+--beta-min 1` this is DAPO with the same entropy penalty.
 
     dependency   S_rt = e^d - d - 1, d = (logprob_rt with the masked image) - (logprob_rt), both of the sampling policy
     filter       keep_rt = 1 for the keep_fraction of the tokens of completion r with the largest S
@@ -17,162 +18,66 @@ depend most take part in the policy gradient, and completions that depend more o
     ratio        rho_rt = exp(logprob_rt - old_logprob_rt)
     token loss   q_rt = -keep_rt min(rho_rt A_r, clip(rho_rt, 1 - clip_low, 1 + clip_high) A_r) + kl_coef k3_rt
                         - entropy_coef logprob_rt
-    loss         the mean of q over all tokens of the whole optimizer step, kept or not (`loss_type` dapo; others below)
+    loss         the mean of q over the tokens of the whole optimizer step (`loss_type` dapo; others below)
 
-The authors train with DAPO's group filter, as here, and with `--delta 3` and `--top-p 0.99`. Without the filter and the
-shaping (`--keep-fraction 1 --beta-min 1`) this is DAPO with the same entropy penalty: compare methods at an equal one.
+GRPO is of DeepSeekMath (Shao et al. 2024, arXiv 2402.03300); its variants go by the field's names: token-level
+loss and clip-higher (DAPO, 2503.14476), no length and no difficulty bias (Dr. GRPO, 2503.20783), sequence-level ratios
+(GSPO, 2507.18071).
 
 Symbols: N prompts a step over all processes, G completions a prompt, R = N G rows, rows of a prompt together, T tokens.
 """
 
-import contextlib
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-import tyro
-from accelerate import Accelerator
 
-from common.data.examples import TEMPLATE, ahead, batch_indices, build_messages, check_template, load_examples
-from common.evaluation.accuracy import evaluate
-from common.model.load import check_model, encode_prompts, load_policy
-from common.model.processes import distribute, gather_weights, in_step, start_processes
+from common.data.prompts import draw_prompts, load_splits, local_places, prefetch
+from common.evaluation.training import Evaluations
 from common.model.sampling import decode, sample, uniform_numbers
-from common.model.scoring import Scorer, micro_batches, rows_of, score_without_gradient
-from common.rewards.answers import score
-from common.rewards.designs import check_markers, check_tokenizer, design_rewards, overlong_penalty, request_for
-from common.run.folder import Run, check_accelerate, check_flags, memory_advice
+from common.model.training import Batch, micro_batches, prepare, rows_of, score_rows, total_counts
+from common.rewards.designs import check_tokenizer, overlong_penalty, reward_completions
+from common.run.folder import start_run
+from common.run.settings import Count, Group, Positive, PositiveShare, Settings, Share, Weight, check_settings, launch
 
 
 @dataclass
-class Args:
-    # --- the run
-    model: str = "tiny"
-    """built-in `tiny`, a folder, or a hub id of the Qwen2-VL, Qwen2.5-VL and Qwen3-VL families"""
-    lora_rank: int = 0
-    """train adapters of this rank instead of all weights (0: all weights)"""
-    max_pixels: int = 0
-    """bound on an image's area after resizing, in pixels (0: as the checkpoint says)"""
-    data: str = ""
-    """`puzzles`, a .jsonl or .parquet file, a folder, or a hub id (default: puzzles; geometry3k for a hub model)"""
-    train_split: str = "train"
-    """split to train on"""
-    eval_split: str = "validation"
-    """split for the evaluations during training"""
-    test_split: str = "test"
-    """split for the evaluations before and after training"""
-    image_column: str = ""
-    """column that holds the images (default: found by the usual names)"""
-    question_column: str = ""
-    """column that holds the question (default: found by the usual names)"""
-    answer_column: str = ""
-    """column that holds the answer (default: found by the usual names)"""
-    kind: str = ""
-    """how answers are checked: math, int, letter, ... (default: math for data sets that do not say)"""
-    prompt_template: str = TEMPLATE
-    """what the model reads; {question} is filled in, and {request} with what the reward asks for"""
-    reward: Literal[
-        "accuracy", "vanilla", "only_accuracy", "mixture", "continuous", "visual_fusion", "no_accuracy", "semantic"
-    ] = "accuracy"
-    """a right answer, tagged or boxed; or a design of common/rewards/designs.py"""
-    encoder: str = "sentence-transformers/all-mpnet-base-v2"
-    """sentence encoder of `--reward semantic`, a hub id or a folder"""
-    soft_punish_cache: int = 0
-    """completions that come within so many tokens of the length limit lose up to 1 (DAPO; 0: none)"""
-    steps: int = 300
-    """rollouts to train for"""
-    eval_every: int = 100
-    """steps between evaluations on `eval_split` (0: none)"""
-    eval_examples: int = 200
-    """examples of an evaluation during training"""
-    test_examples: int = 500
-    """examples of the evaluations before and after training (0: none)"""
-    save_every: int = 100
-    """steps between checkpoints"""
-    keep_checkpoints: int = 2
-    """newest checkpoints that are kept"""
-    out: str = ""
-    """run folder (default: runs/<script>-<model>-seed<seed>)"""
-    resume: str = ""
-    """run folder to continue"""
-    track: str = ""
-    """also log to tensorboard, wandb or trackio"""
-    seed: int = 1
-    """everything random is a function of this, the step and the row"""
-
-    # --- sampling and optimization, the same in every script
-    prompts_per_step: int = 8
-    """N: prompts of a rollout, over all processes"""
-    group_size: int = 8
-    """G: completions a prompt"""
-    max_completion_length: int = 0
-    """longest completion in tokens (default: 72 for the built-in model, else 2048)"""
-    temperature: float = 1.0
-    """sampling temperature; log-probabilities are taken at it"""
-    top_p: float = 1.0
-    """nucleus sampling; below 1 the sampled distribution is no longer the one that is trained"""
-    top_k: int = 0
-    """sample from the k likeliest tokens only (0: all), with the same caution"""
-    learning_rate: float = 0.0
-    """constant rate of AdamW (default: 3e-5 for the built-in model, else 1e-6)"""
-    max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
-    updates_per_rollout: int = 1
-    """optimizer steps that a rollout's prompts are divided over"""
-    epochs_per_rollout: int = 1
-    """passes over a rollout"""
-    micro_batch_tokens: int = 16384
-    """tokens, prompts and padding included, of one forward and backward; lower it when memory runs out"""
-
-    # --- the method
+class Args(Settings):
+    prompts_per_step: Count = 8  # N: prompts of a rollout, over all processes
+    group_size: Group = 8  # G: completions a prompt
+    max_completion_length: Count | None = None  # in tokens (default: 72 for the built-in model, else 2048)
+    temperature: Positive = 1.0  # of sampling; log-probabilities are taken at it
+    learning_rate: Weight | None = None  # constant rate of AdamW (default: 3e-5 for the built-in model, else 1e-6)
+    max_grad_norm: Positive = 1.0  # gradients are clipped to this norm
+    updates_per_rollout: Count = 1  # optimizer steps that a rollout's prompts are divided over
+    epochs_per_rollout: Count = 1  # passes over a rollout
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """divide centred rewards by the standard deviation of the group, of the whole step, or not (Dr. GRPO)"""
-    advantage_eps: float = 1e-4
-    """added to that standard deviation"""
-    loss_type: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = "dapo"
-    """how tokens are averaged; see `token_weights`"""
+    advantage_eps: Weight = 1e-4  # added to that standard deviation
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = "dapo"  # how tokens are averaged; see `token_weights`
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """one ratio a token, or their geometric mean over the completion (GSPO)"""
-    clip_low: float = 0.2
-    """a ratio below 1 - clip_low gives a token with negative advantage no further push"""
-    clip_high: float = 0.28
-    """a ratio above 1 + clip_high gives a token with positive advantage no further push (clip-higher, DAPO)"""
-    delta: float = 0.0
-    """upper bound of the ratio where the advantage is negative; must exceed 1 + clip_high (0: none)"""
-    tis_cap: float = 0.0
+    clip_low: Weight = 0.2  # a ratio below 1 - clip_low gives a token with negative advantage no further push
+    clip_high: Weight = 0.28  # a ratio above 1 + clip_high gives one with positive advantage none (clip-higher, DAPO)
+    delta: Weight = 0.0  # bound of the ratio where the advantage is negative, above 1 + clip_high (0: none)
+    tis_cap: Weight = 0.0
     """weigh tokens by training over sampling probability, at most this, where the two forwards round apart (0: off)"""
-    kl_coef: float = 0.0
-    """weight of the k3 penalty to the initial policy (0: no reference is loaded)"""
+    kl_coef: Weight = 0.0  # weight of the k3 penalty to the initial policy (0: no reference is loaded)
     mask_truncated_completions: bool = False
     """leave completions that hit the length limit out of the loss (overlong filtering, DAPO)"""
     filter_groups: Literal["none", "reward", "accuracy"] = "accuracy"
     """leave groups without reward variance, or all right or all wrong, out of the loss's denominators too"""
-    dependency: Literal["k3", "kl"] = "k3"
-    """estimate from the sampled token, as the authors train, or the divergence over the vocabulary (their eq. 3)"""
-    keep_fraction: float = 0.4
-    """share of each completion's tokens that take part in the policy gradient (1: no filter)"""
-    beta_min: float = 0.9
-    """shaping factor of the completion that depends least on the image (1, without beta_max: no shaping)"""
-    beta_max: float = 0.0
-    """shaping factor of the one that depends most (0: such that the mean factor is 1)"""
-    mask_prob: float = 0.5
-    """probability that a patch is black in the masked image"""
-    mask_per: Literal["prompt", "row"] = "prompt"
-    """one masked image for a prompt's completions, which share its forward, or one each, as in the authors' code"""
-    entropy_coef: float = 0.06
-    """weight of the sampled tokens' negative log-likelihood, on all tokens"""
-
-    def __post_init__(self):
-        tiny = self.model == "tiny"
-        self.data = self.data or ("puzzles" if tiny else "hiyouga/geometry3k")
-        self.learning_rate = self.learning_rate or (3e-5 if tiny else 1e-6)
-        self.max_completion_length = self.max_completion_length or (72 if tiny else 2048)
-        self.prompt_template = self.prompt_template.replace("{request}", request_for(self.reward, tiny))
+    dependency: Literal["k3", "kl"] = "k3"  # from the sampled token, as the authors train, or their eq. 3 in full
+    keep_fraction: PositiveShare = 0.4  # share of a completion's tokens that take part in the policy gradient
+    beta_min: Share = 0.9  # shaping factor of the completion that depends least (1, without beta_max: no shaping)
+    beta_max: Weight = 0.0  # shaping factor of the one that depends most (0: such that the mean factor is 1)
+    mask_prob: Share = 0.5  # probability that a patch is black in the masked image
+    mask_per: Literal["prompt", "row"] = "prompt"  # one masked image a prompt, or one a row as in the authors' code
+    entropy_coef: Weight = 0.06  # weight of the sampled tokens' negative log-likelihood, on all tokens
 
 
-# ------------------------------------------------------------------------------------------------- the method
+# === The method ===
 
 
 def group_advantages(rewards: torch.Tensor, group_size: int, scale_rewards: str, eps: float) -> torch.Tensor:
@@ -260,25 +165,17 @@ def policy_loss(
     return -torch.minimum(bounded * advantages, clipped * advantages), ratio.detach()
 
 
-def visual_dependency(
-    old_logprobs: torch.Tensor, masked_logprobs: torch.Tensor, completion_mask: torch.Tensor
-) -> torch.Tensor:
-    """How much each token depends on the image: S [R, T] float32 in [0, 10], 0 outside the mask, without gradient.
-
-    The k3 estimate of KL(image || masked image) on the sampled token (VPPO, eq. 3 by appendix B).
-    """
+def visual_dependency(old_logprobs, masked_logprobs, completion_mask: torch.Tensor) -> torch.Tensor:
+    """How much each token depends on the image: S [R, T] float32 in [0, 10], 0 outside the mask, without gradient: the
+    k3 estimate of KL(image || masked image) on the sampled token (VPPO, eq. 3 by appendix B)."""
     d = torch.where(completion_mask, masked_logprobs - old_logprobs, 0).detach().clamp(-20, 20)
     return (d.exp() - d - 1).clamp(0, 10)
 
 
 @torch.no_grad()
-def vocabulary_divergence(
-    hidden: torch.Tensor, masked_hidden: torch.Tensor, head: torch.Tensor, banned: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """KL(image || masked image) over the vocabulary (VPPO, eq. 3), [Z] float32 from hidden states [Z, H] of both views.
-
-    In chunks of tokens: no tensor of tokens x vocabulary is kept.
-    """
+def vocabulary_divergence(hidden, masked_hidden, head, banned: torch.Tensor, temperature: float) -> torch.Tensor:
+    """KL(image || masked image) over the vocabulary (VPPO, eq. 3), [Z] float32, of both views' hidden states [Z, H],
+    the output head [V, H] and the words [V] that are never drawn; in chunks, so that no [Z, V] is kept."""
     bias = torch.zeros(len(head), device=head.device).masked_fill(banned, -1e30)  # [V]
     values = []
     for pair in zip(hidden.split(256), masked_hidden.split(256), strict=True):
@@ -292,14 +189,9 @@ def row_mean(dependency: torch.Tensor, completion_mask: torch.Tensor) -> torch.T
     return (dependency * completion_mask).sum(1) / completion_mask.sum(1).clamp(min=1)
 
 
-def shaping_factors(
-    row_dependency: torch.Tensor, low: torch.Tensor, mean: torch.Tensor, high: torch.Tensor, args: Args
-) -> torch.Tensor:
-    """What the advantages [R] are multiplied by (VPPO, eq. 5), from beta_min upwards.
-
-    `low`, `mean`, `high` are those of the optimizer step's rows, over all processes. With the dynamic beta_max the mean
-    factor of these rows is 1 and beta_max drops out of the formula. Rows that all depend alike get 1.
-    """
+def shaping_factors(row_dependency, low, mean, high: torch.Tensor, args: Args) -> torch.Tensor:
+    """What advantages [R] are multiplied by (VPPO, eq. 5), from beta_min upwards; `low`, `mean`, `high` are those of
+    all rows of the optimizer step. With the dynamic beta_max their mean factor is 1. Rows that depend alike get 1."""
     if high - low <= 1e-6:
         return torch.ones_like(row_dependency)
     if args.beta_max:
@@ -309,17 +201,13 @@ def shaping_factors(
 
 def token_filter(dependency: torch.Tensor, completion_mask: torch.Tensor, keep_fraction: float) -> torch.Tensor:
     """The ceil(keep_fraction n) of each completion's n tokens that depend most [R, T] bool; of equals the earlier."""
-    # An exact product stays exact: 0.6 * 25 is a little more than 15.
-    count = (completion_mask.sum(1).double() * keep_fraction - 1e-6).ceil()  # [R]
+    count = (completion_mask.sum(1).double() * keep_fraction - 1e-6).ceil()  # [R] 0.6 * 25 is a little over 15
     order = dependency.masked_fill(~completion_mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
     return (order.argsort(dim=1) < count[:, None]) & completion_mask
 
 
-def blacken_patches(
-    pixel_values: torch.Tensor, uniforms: torch.Tensor, mask_prob: float, black: torch.Tensor
-) -> torch.Tensor:
-    """Patches [P, C * patch volume] of the vision tower's grid, those black whose number in `uniforms` [P] is below
-    `mask_prob`; `black` [C * patch volume] is what the image processor makes of a black patch."""
+def blacken_patches(pixel_values, uniforms: torch.Tensor, mask_prob: float, black: torch.Tensor) -> torch.Tensor:
+    """Patches [P, patch volume], those `black` [patch volume] whose number in `uniforms` [P] is below `mask_prob`."""
     return torch.where((uniforms < mask_prob)[:, None], black, pixel_values)
 
 
@@ -329,328 +217,188 @@ def black_patch(image_processor) -> torch.Tensor:
     return values.repeat_interleave(image_processor.temporal_patch_size * image_processor.patch_size**2)
 
 
-# ------------------------------------------------------------------------------------------------- the run
+def masked_prompts(prompts, policy, step: int, places: list[int], args: Args):
+    """The prompts with random patches black: one view for each prompt at `places` of the step, or one for each row."""
+    copies = args.group_size if args.mask_per == "row" else 1
+    masked = prompts.select([n for n in range(len(places)) for _ in range(copies)])
+    if masked.pixel_values is not None:
+        patches = [int(grids.prod(-1).sum()) for grids in masked.image_grid_thw.split(masked.images_per_prompt)]
+        drawn = uniform_numbers(args.seed, step, [(p, 1 + g) for p in places for g in range(copies)], max(patches))
+        uniforms = torch.cat([row[:count] for row, count in zip(drawn, patches, strict=True)]).to(policy.device)  # [P]
+        black = black_patch(policy.image_processor).to(policy.device)
+        masked.pixel_values = blacken_patches(masked.pixel_values, uniforms, args.mask_prob, black)
+    return masked
 
 
-@memory_advice()
+@torch.no_grad()
+def token_dependency(scorer, policy, batch: Batch, masked, args: Args) -> torch.Tensor:
+    """Dependency S [R, T] of the trained rows' tokens: what `masked` prompts in place of the batch's do to them."""
+    view = Batch(**{**vars(batch), "prompts": masked, "clean": batch.prompts})
+    if args.dependency == "k3":
+        old_logprobs = batch.sampled_logprobs if batch.old_logprobs is None else batch.old_logprobs
+        masked_logprobs = score_rows(scorer, view, args.temperature, args.micro_batch_tokens)
+        return visual_dependency(old_logprobs, masked_logprobs, batch.completion_mask & batch.trained[:, None])
+    dependency, head = torch.zeros_like(batch.sampled_logprobs), policy.base.get_output_embeddings().weight
+    for mb in micro_batches(view, args.group_size, args.micro_batch_tokens):
+        inside = mb.completion_mask
+        clean, hidden = (scorer(p, mb.ids, inside, args.temperature).hidden[inside] for p in (mb.clean, mb.prompts))
+        found = vocabulary_divergence(clean, hidden, head, policy.banned, args.temperature)
+        dependency[mb.number, : mb.ids.shape[1]] = torch.zeros_like(mb.sampled_logprobs).masked_scatter(inside, found)
+    return dependency
+
+
+# === The run ===
+
+
 def main(args: Args) -> dict:
     # === Set up ===
-    accelerator = start_processes()
-    device, processes = accelerator.device, accelerator.num_processes
-    check(args, accelerator)
-    run = Run(args, accelerator, "vppo")
-    columns = {name: getattr(args, name) for name in ("image_column", "question_column", "answer_column", "kind")}
-    draws = args.steps * args.prompts_per_step
-    train = load_examples(args.data, args.train_split, draws=draws, seed=args.seed, **columns)
-    held_out = load_examples(args.data, args.eval_split, limit=args.eval_examples, **columns) if args.eval_every else []
-    test = load_examples(args.data, args.test_split, limit=args.test_examples, **columns) if args.test_examples else []
-    policy = load_policy(
-        args.model, device=device, lora_rank=args.lora_rank, max_pixels=args.max_pixels, seed=args.seed
-    )
+    check(args)
+    run = start_run(args, Path(__file__).stem)
+    accelerator, meter, device = run.accelerator, run.meter, run.accelerator.device
+    limit = args.max_completion_length
+    train, held_out, test = load_splits(args)
+    policy, scorer, reference, optimizer = prepare(args, accelerator)
     check_tokenizer(args.reward, policy.tokenizer)
-    scorer = Scorer(policy, gradient_checkpointing=device.type == "cuda", slice_tokens=args.micro_batch_tokens)
-    trained_scorer, parameters = distribute(scorer, accelerator)
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    reference = None
-    if args.kl_coef and not args.lora_rank:
-        frozen = load_policy(args.model, device=device, max_pixels=args.max_pixels, trainable=False)
-        reference = Scorer(frozen)
     first_step = run.restore(policy, optimizer)
-    gather_weights(scorer)
+    evaluations = Evaluations(args, run, policy, held_out, test)
+    places = local_places(args, accelerator)  # of this process's prompts among the step's N
+    numbers = rows_of(places, args.group_size)  # of their rows among the step's R
+    local = slice(accelerator.process_index * len(numbers), (accelerator.process_index + 1) * len(numbers))
 
-    evaluation = {
-        "template": args.prompt_template,
-        "max_new_tokens": args.max_completion_length,
-        "batch_prompts": max(1, min(64, args.micro_batch_tokens // args.max_completion_length)),
-        "seed": args.seed,
-        "accelerator": accelerator,
-    }
+    def draw(step):
+        return draw_prompts(args, policy, train, step, places)
 
-    def accuracy_on(examples):
-        return evaluate(policy, examples, **evaluation)
-
-    # A process takes its share of each update's prompts: an update sees the same prompts on any number of them.
-    shares = torch.arange(args.prompts_per_step).view(args.updates_per_rollout, processes, -1)
-    places = shares[:, accelerator.process_index].flatten().tolist()
-
-    def draw(step):  # on CUDA in a thread, a step ahead
-        indices = batch_indices(args.seed, step, args.prompts_per_step, len(train))
-        examples = [train[indices[place]] for place in places]
-        prompts = encode_prompts(
-            policy, [build_messages(e, args.prompt_template) for e in examples], [list(e.images) for e in examples]
-        )
-        return examples, prompts
-
-    before = run.once("before", lambda: accuracy_on(test)) if args.test_examples else None
-
-    for step, drawn in ahead(draw, range(first_step, args.steps), in_thread=device.type == "cuda"):
-        started = time.perf_counter()
-
+    evaluations.before()
+    for step, drawn in prefetch(draw, range(first_step, args.steps), in_thread=device.type == "cuda"):
         # === Sample: N prompts, G completions each ===
+        meter.start()
         examples, prompts = drawn()
-        rows = [place * args.group_size + g for place in places for g in range(args.group_size)]
-        rollout = sample(
-            policy,
-            prompts,
-            args.group_size,
-            args.max_completion_length,
-            uniform_numbers(args.seed, step, rows, args.max_completion_length),
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-        )
-        ids, mask = rollout.completion_ids, rollout.completion_mask  # [R, T]
+        uniforms = uniform_numbers(args.seed, step, numbers, limit)  # [R, T] in [0, 1)
+        rollout = sample(policy, prompts, args.group_size, limit, uniforms, args.temperature, args.top_p, args.top_k)
+        ids, completion_mask = rollout.completion_ids, rollout.completion_mask  # [R, T]
         completions = decode(policy, rollout)
-        sampled = time.perf_counter()
+        meter.add("completions/mean_length", completion_mask.sum(1))
+        meter.add("completions/clipped_ratio", ~rollout.ended)
+        meter.lap("sample")
 
         # === Reward: one number a row ===
-        asked = [e for e in examples for _ in range(args.group_size)]  # rows of a prompt stand together
-        accuracy, verdicts = score(completions, asked, "auto" if args.reward == "accuracy" else "tag")
-        rewards, terms = design_rewards(args.reward, completions, asked, accuracy, args.encoder)
-        rewards, accuracy = torch.tensor(rewards, device=device), torch.tensor(accuracy, device=device)  # [R] both
+        asked = [example for example in examples for _ in range(args.group_size)]  # rows of a prompt stand together
+        scored = reward_completions(args.reward, completions, asked, args.encoder)
+        rewards, accuracy = (torch.tensor(x, device=device) for x in (scored.rewards, scored.accuracy))  # [R] both
         if args.soft_punish_cache:
-            rewards += overlong_penalty(mask.sum(1), args.max_completion_length, args.soft_punish_cache)
+            rewards += overlong_penalty(completion_mask.sum(1), limit, args.soft_punish_cache)
+        meter.add("reward", rewards)
+        meter.add("reward_std", rewards.view(-1, args.group_size).std(1))
+        meter.add("accuracy", accuracy)
+        meter.add("frac_reward_zero_std", ~kept_groups(rewards, accuracy, args.group_size, "reward"))
+        meter.add("frac_accuracy_constant", accuracy.view(-1, args.group_size).std(1) == 0)
+        meter.add_terms(scored.terms, scored.verdicts)
+        meter.lap("reward")
 
         # === Advantage: each row against its group ===
-        mine = slice(accelerator.process_index * len(rows), (accelerator.process_index + 1) * len(rows))
         all_rewards = accelerator.gather(rewards)
-        advantages = group_advantages(all_rewards, args.group_size, args.scale_rewards, args.advantage_eps)[mine]
+        advantages = group_advantages(all_rewards, args.group_size, args.scale_rewards, args.advantage_eps)[
+            local
+        ]  # [R]
         kept = kept_groups(rewards, accuracy, args.group_size, args.filter_groups)  # [N] groups that count
-        loss_mask = mask & kept.repeat_interleave(args.group_size)[:, None]  # [R, T]
+        mask = completion_mask & kept.repeat_interleave(args.group_size)[:, None]  # [R, T] tokens that count
         if args.mask_truncated_completions:
-            loss_mask = loss_mask & rollout.ended[:, None]
-
+            mask = mask & rollout.ended[:, None]
         # Without a penalty a group of equal rewards has no gradient: it counts in the means but is not scored.
-        trained = kept
-        if not args.kl_coef and not args.entropy_coef:
-            trained = kept & (advantages.view(-1, args.group_size) != 0).any(1)
-        trained = trained & loss_mask.view(len(trained), -1).any(1)  # [N]
+        trained = kept & ((advantages.view(-1, args.group_size) != 0).any(1) | bool(args.kl_coef or args.entropy_coef))
+        trained = trained & mask.view(len(kept), -1).any(1)  # [N]
 
         # === Views: everything else that the loss compares the scores with ===
-        updates = args.updates_per_rollout * args.epochs_per_rollout
-        score_rows = dict(
-            group_size=args.group_size, temperature=args.temperature, micro_batch_tokens=args.micro_batch_tokens
+        batch = Batch(
+            prompts=prompts,
+            ids=ids,
+            completion_mask=completion_mask,
+            mask=mask,
+            advantages=advantages[:, None],
+            sampled_logprobs=rollout.old_logprobs,
+            old_logprobs=None,  # with one update those of the scores themselves
+            ref_logprobs=None,
+            kept=kept.repeat_interleave(args.group_size),
+            trained=trained.repeat_interleave(args.group_size),
         )
-        old_logprobs = ref_logprobs = None
+        updates = args.updates_per_rollout * args.epochs_per_rollout
         if updates > 1:
-            old_logprobs = score_without_gradient(scorer, prompts, ids, mask, trained, **score_rows)
+            batch.old_logprobs = score_rows(scorer, batch, args.temperature, args.micro_batch_tokens)
         if args.kl_coef:
-            with policy.model.disable_adapter() if args.lora_rank else contextlib.nullcontext():
-                ref_logprobs = score_without_gradient(reference or scorer, prompts, ids, mask, trained, **score_rows)
-
-        # The masked view: the same completions and policy, with black patches in the image.
-        dependency = torch.zeros(ids.shape, device=device)  # [R, T]
+            batch.ref_logprobs = score_rows(reference, batch, args.temperature, args.micro_batch_tokens)
+        batch.dependency = torch.zeros_like(rollout.old_logprobs)  # [R, T]
         if args.keep_fraction < 1 or args.beta_min < 1 or args.beta_max:
-            per_row = args.mask_per == "row"
-            seers = [n for n in range(len(examples)) for _ in range(args.group_size if per_row else 1)]
-            hidden_prompts = prompts.select(seers)
-            counts = prompts.image_grid_thw.prod(-1).split(prompts.images_per_prompt)
-            uniforms = [
-                np.random.default_rng([args.seed, step, places[n], 1 + (i % args.group_size if per_row else 0)]).random(
-                    int(counts[n].sum())
-                )
-                for i, n in enumerate(seers)
-            ]
-            uniforms = torch.from_numpy(np.concatenate(uniforms)).to(device)
-            if hidden_prompts.pixel_values is not None:
-                black = black_patch(policy.image_processor).to(device)
-                pixels = blacken_patches(hidden_prompts.pixel_values, uniforms, args.mask_prob, black)
-                hidden_prompts = replace(hidden_prompts, pixel_values=pixels)
-            share_rows = score_rows | {"group_size": 1 if per_row else args.group_size}
-            wanted = trained.repeat_interleave(args.group_size) if per_row else trained
-            if args.dependency == "k3":
-                masked_logprobs = score_without_gradient(scorer, hidden_prompts, ids, mask, wanted, **share_rows)
-                clean_logprobs = rollout.old_logprobs if old_logprobs is None else old_logprobs
-                scored_mask = mask & trained.repeat_interleave(args.group_size)[:, None]
-                dependency = visual_dependency(clean_logprobs, masked_logprobs, scored_mask)
-            else:
-                for n in wanted.nonzero()[:, 0].tolist():
-                    own = rows_of([n], share_rows["group_size"])
-                    with torch.no_grad():
-                        views = [
-                            scorer(view, ids[own], mask[own], args.temperature).hidden[mask[own]]
-                            for view in (prompts.select([seers[n]]), hidden_prompts.select([n]))
-                        ]
-                    head = policy.base.get_output_embeddings().weight
-                    divergence = vocabulary_divergence(*views, head, policy.banned, args.temperature)
-                    dependency[own] = torch.zeros(mask[own].shape, device=device).masked_scatter(mask[own], divergence)
-        row_dependency = row_mean(dependency, mask)  # [R]
-        keep = token_filter(dependency, mask, args.keep_fraction)  # [R, T]
+            masked = masked_prompts(prompts, policy, step, places, args)
+            batch.dependency = token_dependency(scorer, policy, batch, masked, args)
+        batch.row_dependency = row_mean(batch.dependency, completion_mask)  # [R]
+        batch.keep = token_filter(batch.dependency, completion_mask, args.keep_fraction)  # [R, T]
+        for name, right in (("right", accuracy == 1), ("wrong", accuracy < 1)):
+            meter.add(f"dependency/{name}", batch.row_dependency[batch.trained & right])
 
         # === Update ===
-        sums = dict.fromkeys(("loss", "entropy", "kl", "clip_low", "clip_high", "mismatch", "scored"), 0.0)
-        sums |= dict.fromkeys(("nll", "kept", "dependency", "dependency_kept", "clamped"), 0.0)
-        shaping = torch.ones(len(rows), device=device)  # [R]
-        grad_norms, skipped = [], 0
-        for update in range(updates):
-            share = len(examples) // args.updates_per_rollout
-            first = update % args.updates_per_rollout * share
-            chosen = rows_of(range(first, first + share), args.group_size)
-            # The means' denominators, over all processes; every process then makes at least one backward call.
-            counts = torch.stack(
-                [
-                    kept[first : first + share].sum() * args.group_size,
-                    loss_mask[chosen].sum(),
-                    trained[first : first + share].sum(),
-                ]
-            )
-            total_rows, total_tokens, total_trained = accelerator.reduce(counts).tolist()
-            if not total_trained:
-                skipped += 1
+        for part in batch.split(args.updates_per_rollout) * args.epochs_per_rollout:
+            rows, tokens, trained_rows = total_counts(part, accelerator)  # the means' denominators, over all processes
+            meter.total("updates_skipped", (trained_rows == 0) / accelerator.num_processes)
+            if not trained_rows:
                 continue
-            # Shaping compares the rows of this optimizer step, those of all processes.
-            step_rows = accelerator.gather(row_dependency[chosen])
-            step_rows = step_rows[accelerator.gather(trained[first : first + share].repeat_interleave(args.group_size))]
-            statistics = step_rows.amin(), step_rows.mean(), step_rows.amax()
-            shaping[chosen] = shaping_factors(row_dependency[chosen], *statistics, args)
-            groups = [n for n in range(first, first + share) if trained[n]] or [first]
-            width = prompts.input_ids.shape[1]
-            batches = list(
-                micro_batches(mask[rows_of(groups, args.group_size)], width, args.group_size, args.micro_batch_tokens)
-            )
-            for batch in in_step(batches, trained_scorer, accelerator, prompts, ids, mask):
-                members = [groups[n] for n in batch]
-                own = rows_of(members, args.group_size)
-                length = int(mask[own].sum(1).max())
-                own_mask = loss_mask[own, :length] & trained[members].repeat_interleave(args.group_size)[:, None]
-                scores = trained_scorer(
-                    prompts.select(members), ids[own, :length], mask[own, :length], args.temperature
-                )
-                old = scores.logprobs.detach() if old_logprobs is None else old_logprobs[own, :length]
-                shaped = (shaping * advantages)[own, None]
-                losses, ratio = policy_loss(scores.logprobs, old, shaped, own_mask, args)
-                sampled_logprobs = rollout.old_logprobs[own, :length]
-                sums["mismatch"] += (old - sampled_logprobs)[own_mask].abs().sum()
+            seen = accelerator.gather(part.row_dependency)[accelerator.gather(part.trained)]
+            shaping = shaping_factors(part.row_dependency, seen.amin(), seen.mean(), seen.amax(), args)  # [R]
+            part.advantages = part.advantages * shaping[:, None]
+            meter.add("shaping/mean", shaping[part.trained])
+            meter.extremes("shaping/min", "shaping/max", shaping[part.trained])
+            for mb in micro_batches(part, args.group_size, args.micro_batch_tokens, accelerator):
+                scores = scorer(mb.prompts, mb.ids, mb.completion_mask, args.temperature)
+                old_logprobs = scores.logprobs.detach() if mb.old_logprobs is None else mb.old_logprobs
+                losses, ratio = policy_loss(scores.logprobs, old_logprobs, mb.advantages, mb.mask, args)
                 if args.tis_cap:
-                    losses = losses * importance_weights(old, sampled_logprobs, args.tis_cap)
-                losses = losses * keep[own, :length] - args.entropy_coef * scores.logprobs
-                if ref_logprobs is not None:
-                    kl = k3_divergence(scores.logprobs, ref_logprobs[own, :length])
+                    losses = losses * importance_weights(old_logprobs, mb.sampled_logprobs, args.tis_cap)
+                losses = losses * mb.keep - args.entropy_coef * scores.logprobs
+                if args.kl_coef:
+                    kl = k3_divergence(scores.logprobs, mb.ref_logprobs)
                     losses = losses + args.kl_coef * kl
-                    sums["kl"] += kl.detach()[own_mask].sum()
-                weights = token_weights(own_mask, args.loss_type, total_rows, total_tokens, args.max_completion_length)
-                loss = (torch.where(own_mask, losses, 0) * weights).sum()
-                accelerator.backward(loss * processes)  # gradients are averaged over processes, the loss is a sum
-                positive, negative = advantages[own, None] > 0, advantages[own, None] < 0
-                sums["loss"] += loss.detach()
-                sums["scored"] += own_mask.sum()
-                sums["entropy"] += scores.entropy[own_mask].sum()
-                own_keep, own_dependency = keep[own, :length] & own_mask, dependency[own, :length] * own_mask
-                sums["nll"] -= scores.logprobs.detach()[own_mask].sum()
-                sums["kept"] += own_keep.sum()
-                sums["dependency"] += own_dependency.sum()
-                sums["dependency_kept"] += own_dependency[own_keep].sum()
-                sums["clamped"] += (own_dependency >= 10).sum()
-                sums["clip_low"] += ((ratio < 1 - args.clip_low) & negative & own_keep).sum()
-                sums["clip_high"] += ((ratio > 1 + args.clip_high) & positive & own_keep).sum()
-            grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    meter.add("kl", kl, mb.mask)
+                weights = token_weights(mb.mask, args.loss_type, rows, tokens, limit)
+                loss = (torch.where(mb.mask, losses, 0) * weights).sum()
+                accelerator.backward(loss * accelerator.num_processes)  # which averages gradients; the loss is a sum
+                meter.total("loss", loss / updates)
+                meter.add("entropy", scores.entropy, mb.mask)
+                meter.add("mismatch", (old_logprobs - mb.sampled_logprobs).abs(), mb.mask)
+                meter.add("clip_ratio/low_mean", (ratio < 1 - args.clip_low) & (mb.advantages < 0) & mb.keep, mb.mask)
+                meter.add("clip_ratio/high_mean", (ratio > 1 + args.clip_high) & (mb.advantages > 0) & mb.keep, mb.mask)
+                meter.add("nll", -scores.logprobs, mb.mask)
+                meter.add("dependency", mb.dependency, mb.mask)
+                meter.add("dependency/kept", mb.dependency, mb.mask & mb.keep)
+                meter.add("dependency/dropped", mb.dependency, mb.mask & ~mb.keep)
+                meter.add("dependency/kept_share", mb.keep, mb.mask)
+                meter.add("dependency/clamped", mb.dependency >= 10, mb.mask)
+            grad_norm = accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
             if run.check_gradients(grad_norm):
                 optimizer.step()
-                gather_weights(scorer)
-                grad_norms.append(float(grad_norm))
+                meter.add("grad_norm", float(grad_norm))
             optimizer.zero_grad()
+        meter.lap("update")
 
         # === Log ===
-        lengths = mask.sum(1)
-        varied = kept_groups(rewards, accuracy, args.group_size, "reward")
-        local = {"right": accuracy.sum(), "varied": varied.sum(), "tokens": lengths.sum(), "ended": rollout.ended.sum()}
-        local |= sums | {f"verdicts/{status}": count for status, count in verdicts.items()}
-        local |= {f"rewards/{name}/mean": sum(scores) for name, scores in terms.items()}
-        local["constant"] = (accuracy.view(-1, args.group_size).std(1) == 0).sum()
-        values = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in local.values()])
-        totals = dict(zip(local, accelerator.reduce(values).tolist(), strict=True))
-        all_rows, scored = len(all_rewards), totals["scored"] or float("nan")
-        seconds = time.perf_counter() - started
-        metrics = {
-            "reward": float(all_rewards.mean()),
-            "reward_std": float(all_rewards.view(-1, args.group_size).std(1).mean()),
-            "accuracy": totals["right"] / all_rows,
-            "frac_reward_zero_std": 1 - totals["varied"] / args.prompts_per_step,
-            "frac_accuracy_constant": totals["constant"] / args.prompts_per_step,
-            **{f"rewards/{name}/mean": totals[f"rewards/{name}/mean"] / all_rows for name in terms},
-            "completions/mean_length": totals["tokens"] / all_rows,
-            "completions/clipped_ratio": 1 - totals["ended"] / all_rows,
-            "loss": totals["loss"] / updates,
-            "entropy": totals["entropy"] / scored,
-            "kl": totals["kl"] / scored,
-            "clip_ratio/low_mean": totals["clip_low"] / scored,
-            "clip_ratio/high_mean": totals["clip_high"] / scored,
-            "mismatch": totals["mismatch"] / scored,
-            "grad_norm": sum(grad_norms) / len(grad_norms) if grad_norms else float("nan"),
-            "updates_skipped": skipped,
-            "lr": args.learning_rate,
-            "tokens_per_second": totals["tokens"] / seconds,
-            "seconds": seconds,
-            "seconds/sample": sampled - started,
-            **{name: totals[name] for name in (f"verdicts/{status}" for status in verdicts) if totals[name]},
-        }
-        seen = accelerator.gather(trained.repeat_interleave(args.group_size))
-        row_dependency, shaping = accelerator.gather(row_dependency)[seen], accelerator.gather(shaping)[seen]
-        right = accelerator.gather(accuracy)[seen] == 1
-        if len(row_dependency):
-            dropped = totals["dependency"] - totals["dependency_kept"]
-            metrics |= {
-                "nll": totals["nll"] / scored,
-                "dependency": totals["dependency"] / scored,
-                "dependency/kept": totals["dependency_kept"] / max(totals["kept"], 1),
-                "dependency/dropped": dropped / max(totals["scored"] - totals["kept"], 1),
-                "dependency/kept_share": totals["kept"] / scored,
-                "dependency/clamped": totals["clamped"] / scored,
-                "dependency/right": float(row_dependency[right].mean()),
-                "dependency/wrong": float(row_dependency[~right].mean()),
-                "shaping/mean": float(shaping.mean()),
-                "shaping/max": float(shaping.max()),
-            }
-        if args.eval_every and (step + 1) % args.eval_every == 0:
-            metrics["eval/accuracy"] = accuracy_on(held_out)["accuracy"]
-        run.log(step, metrics)
-        run.show(
-            step,
-            [
-                {
-                    "question": asked[r].question,
-                    "completion": completions[r],
-                    "answer": asked[r].answer,
-                    "reward": float(rewards[r]),
-                    "advantage": float(advantages[r]),
-                }
-                for r in range(args.group_size)
-            ],
-        )
+        metrics = {**meter.reduce(), "lr": args.learning_rate}
+        run.log(step, metrics | evaluations.during(step + 1))
+        group = slice(args.group_size)
+        run.show(step, asked[0], completions[group], reward=rewards[group], advantage=advantages[group])
 
         # === Save ===
-        stopping = run.should_stop()
-        if stopping or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            run.save(step + 1, policy, optimizer)
-        if stopping:
+        if run.save_when_due(step + 1, policy, optimizer):
             return run.stopped(step + 1)
 
-    after = accuracy_on(test) if args.test_examples else None
-    return run.finish({"before": before, "after": after})
+    return evaluations.finish()
 
 
-def check(args: Args, accelerator: Accelerator) -> None:
+def check(args: Args) -> None:
     """Stop with one line before anything long starts."""
-    processes = accelerator.num_processes
-    check_accelerate(accelerator)
-    check_flags(args, entropy_coef=0, beta_max=0)
-    check_model(args.model)
-    args.prompt_template = check_template(args.prompt_template)
-    if args.model != "tiny":
-        check_markers(args.reward, args.prompt_template)
-    if args.prompts_per_step % (processes * args.updates_per_rollout):
-        raise SystemExit(
-            f"--prompts-per-step {args.prompts_per_step}: must be a multiple of {processes} processes times "
-            f"--updates-per-rollout {args.updates_per_rollout}"
-        )
+    check_settings(args)
     if args.delta and args.delta <= 1 + args.clip_high:
         raise SystemExit(f"--delta {args.delta}: must exceed 1 + --clip-high {args.clip_high}")
-    for name, low in (("keep_fraction", 1e-3), ("beta_min", 0), ("mask_prob", 0)):
-        if not low <= getattr(args, name) <= 1:
-            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from {low} to 1")
     if args.beta_max and args.beta_max <= args.beta_min:
         raise SystemExit(f"--beta-max {args.beta_max}: must exceed --beta-min {args.beta_min}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    launch(main, Args)

@@ -168,6 +168,25 @@ def choose(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(chosen))
 
 
+def check_corruptions(
+    flag: str, names: tuple[str, ...], severity_flag: str, severities: tuple[int, ...]
+) -> tuple[str, ...]:
+    """What `choose` makes of the names behind `flag`.
+
+    Raises:
+        SystemExit: one line, where a name or a severity is unknown or there is none.
+    """
+    try:
+        chosen = choose(names)
+    except ValueError as error:
+        raise SystemExit(f"{flag}: {error}") from None
+    if not names or not severities:
+        raise SystemExit(f"{severity_flag if names else flag}: nothing stands behind it")
+    if not set(severities) <= {1, 2, 3, 4, 5}:
+        raise SystemExit(f"{severity_flag} {' '.join(map(str, severities))}: each must be one of 1 to 5")
+    return chosen
+
+
 def rgb(image: Image.Image) -> np.ndarray:
     """Pixels [H, W, 3] uint8 of a picture of any mode."""
     try:

@@ -14,21 +14,21 @@ def one_step(script, monkeypatch, folder, correct: list, rewards: list, **settin
     Returns the run's arguments and metrics, a fresh policy, the clean prompts, token ids and mask [12, T], and the
     fresh policy's log-probabilities [12, T] of them, with gradient.
     """
-    seen, verdicts = {}, script.score
-    for name in ("sample", "encode_prompts"):
+    seen, reward = {}, script.reward_completions
+    for name in ("sample", "draw_prompts"):
         original = getattr(script, name)
         monkeypatch.setattr(
             script, name, lambda *a, name=name, original=original, **k: seen.setdefault(name, original(*a, **k))
         )
-    monkeypatch.setattr(script, "score", lambda *a: ([float(c) for c in correct], verdicts(*a)[1]))
-    monkeypatch.setattr(script, "design_rewards", lambda *a: ([float(r) for r in rewards], {}))
+    given = {"rewards": [float(r) for r in rewards], "accuracy": [float(c) for c in correct], "terms": {}}
+    monkeypatch.setattr(script, "reward_completions", lambda *a: reward(*a)._replace(**given))
     args = script.Args(
         steps=1, prompts_per_step=3, group_size=4, max_completion_length=40, seed=5, test_examples=0, eval_every=0,
         out=str(folder / "run"), **settings,
     )  # fmt: skip
     script.main(args)
     metrics = json.loads((folder / "run" / "metrics.jsonl").read_text())
-    policy, rollout, prompts = load_policy("tiny"), seen["sample"], seen["encode_prompts"]
+    policy, rollout, prompts = load_policy("tiny"), seen["sample"], seen["draw_prompts"][1]
     logprobs = Scorer(policy)(prompts, rollout.completion_ids, rollout.completion_mask).logprobs
     return args, metrics, policy, prompts, rollout.completion_ids, rollout.completion_mask, logprobs
 

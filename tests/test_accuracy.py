@@ -12,25 +12,14 @@ from scipy.stats import binomtest, norm
 
 import common.evaluation.accuracy
 from common.corruptions import SEEN, UNSEEN
-from common.data.examples import PUZZLE_COUNT, TEMPLATE, Example, load_examples
-from common.evaluation.accuracy import (
-    Args,
-    bootstrap,
-    evaluate,
-    image_reliance,
-    interval,
-    main,
-    mark,
-    newest_checkpoint,
-    robustness,
-    robustness_summary,
-    robustness_table,
-    show_robustness,
-    summarize,
-    table,
-    usual,
-)
+from common.data.examples import PUZZLE_COUNT, Example, load_examples
+from common.data.prompts import TEMPLATE
+from common.evaluation import __main__ as command
+from common.evaluation.__main__ import Args, main, mark
+from common.evaluation.accuracy import evaluate, image_reliance, interval, summarize, table
+from common.evaluation.robustness import bootstrap, robustness, robustness_summary, robustness_table, show_robustness
 from common.model.load import TINY, load_policy
+from common.run.checkpoints import newest_checkpoint, settings_of
 from tests.small_models import picture, small_folder, small_policy, watch_loading
 
 
@@ -71,7 +60,7 @@ def test_groups_and_table():
 
 
 def test_newest_complete_checkpoint_of_a_run(tmp_path):
-    assert newest_checkpoint("tiny") == "tiny" and usual("tiny")["max_completion_length"] == 72
+    assert newest_checkpoint("tiny") == "tiny" and settings_of("tiny")["max_completion_length"] == 72
     (tmp_path / "args.json").write_text('{"max_completion_length": 33, "prompt_template": "{question}!"}')
     with pytest.raises(SystemExit, match="no complete checkpoint"):
         newest_checkpoint(str(tmp_path))
@@ -80,8 +69,9 @@ def test_newest_complete_checkpoint_of_a_run(tmp_path):
     for step in (1, 2):
         (tmp_path / "checkpoints" / f"step-{step:06d}" / "complete").write_text("{}")
     newest = newest_checkpoint(str(tmp_path))
-    assert newest.endswith("step-000002") and usual(newest)["max_completion_length"] == 33
-    assert usual(newest)["prompt_template"] == "{question}!" and "{request}" in usual("tiny")["prompt_template"]
+    known, usual = settings_of(newest), settings_of("tiny")
+    assert newest.endswith("step-000002") and known["max_completion_length"] == 33
+    assert known["prompt_template"] == "{question}!" and "{request}" in usual["prompt_template"]
     for step in (999_999, 1_000_000):
         (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir()
         (tmp_path / "checkpoints" / f"step-{step:06d}" / "complete").write_text("{}")
@@ -187,7 +177,7 @@ def test_no_examples():
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_is_loaded(monkeypatch, args, message):
-    monkeypatch.setattr(common.evaluation.accuracy, "load_policy", lambda *args, **kwargs: pytest.fail("too late"))
+    monkeypatch.setattr(command, "load_policy", lambda *args, **kwargs: pytest.fail("too late"))
     with pytest.raises(SystemExit, match=message):
         main(Args(**args))
 
@@ -321,9 +311,9 @@ def test_figures_of_several_benchmarks_are_means_over_benchmarks(tmp_path, monke
         right = round(accuracy * len(examples))
         return {"rows": [{"correct": [float(n < right)]} for n in range(len(examples))]}
 
-    monkeypatch.setattr(common.evaluation.accuracy, "evaluate", evaluate)
-    monkeypatch.setattr(common.evaluation.accuracy, "load_examples", lambda name, *args, **kwargs: [name] * sizes[name])
-    monkeypatch.setattr(common.evaluation.accuracy, "load_policy", lambda *args, **kwargs: None)
+    monkeypatch.setattr("common.evaluation.robustness.evaluate", evaluate)
+    monkeypatch.setattr(command, "load_examples", lambda name, *args, **kwargs: [name] * sizes[name])
+    monkeypatch.setattr(command, "load_policy", lambda *args, **kwargs: None)
     args = Args(
         benchmark=("mmstar", "chartqa"), corruptions=("gaussian_noise", "jpeg_compression", "fog"),
         out=str(tmp_path / "all.json"),
@@ -396,14 +386,14 @@ def test_robustness_from_the_command_line_goes_on_where_it_stopped(tmp_path, mon
         calls.append(corruption)
         return real(*positional, corruption=corruption, **options)
 
-    monkeypatch.setattr(common.evaluation.accuracy, "evaluate", stops)
+    monkeypatch.setattr("common.evaluation.robustness.evaluate", stops)
     with pytest.raises(KeyboardInterrupt):
         main(Args(**args, severities=(1, 5)))
     assert calls == [None, ("fog", 1), ("fog", 5)]
     count = lambda *positional, corruption, **options: (
         calls.append(corruption) or real(*positional, corruption=corruption, **options)
     )
-    monkeypatch.setattr(common.evaluation.accuracy, "evaluate", count)
+    monkeypatch.setattr("common.evaluation.robustness.evaluate", count)
     summary = main(Args(**args, severities=(1, 5)))
     assert calls[3:] == [("contrast", 1), ("contrast", 5)] and set(summary["tiny"]) == {"clean", "unseen", "cells"}
     main(Args(**args, severities=(5, 3)))
@@ -443,9 +433,7 @@ def test_a_file_keeps_what_it_holds(tmp_path, capsys):
 def test_finished_cells_are_shown_without_a_model(tmp_path, monkeypatch):
     args = Args(limit=3, max_completion_length=6, corruptions=("fog",), severities=(5,), out=str(tmp_path / "r.json"))
     summary = main(args)
-    monkeypatch.setattr(
-        common.evaluation.accuracy, "load_policy", lambda *args, **kwargs: pytest.fail("nothing is to do")
-    )
+    monkeypatch.setattr(command, "load_policy", lambda *args, **kwargs: pytest.fail("nothing is to do"))
     assert main(args) == summary
 
 
@@ -453,7 +441,7 @@ def test_finished_cells_are_shown_without_a_model(tmp_path, monkeypatch):
 def test_one_model_at_a_time_stands_in_memory(corruptions, tmp_path, monkeypatch):
     other = str(tmp_path / "other")
     shutil.copytree(TINY, other)
-    loaded = watch_loading("common.evaluation.accuracy", monkeypatch)
+    loaded = watch_loading("common.evaluation.__main__", monkeypatch)
     main(Args(model=("tiny", other), limit=2, max_completion_length=2, corruptions=corruptions))
     assert len(loaded) == 2
 
@@ -524,9 +512,7 @@ def test_a_limit_that_changes_nothing_and_an_older_file_are_gone_on_with(tmp_pat
     older = json.loads(out.read_text())
     older["args"]["limit"] = None
     del older["models"]["tiny"]["weights"], older["summary"]
-    monkeypatch.setattr(
-        common.evaluation.accuracy, "load_policy", lambda *args, **kwargs: pytest.fail("nothing is to do")
-    )
+    monkeypatch.setattr(command, "load_policy", lambda *args, **kwargs: pytest.fail("nothing is to do"))
     assert main(Args(**args, limit=3)) == summary
     out.write_text(json.dumps(older))
     assert main(Args(**args)) == main(Args(**args, limit=500)) == summary

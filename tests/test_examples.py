@@ -13,19 +13,9 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from common.data.examples import (
-    REQUEST,
-    TEMPLATE,
-    Example,
-    ahead,
-    batch_indices,
-    build_messages,
-    check_template,
-    load_examples,
-    open_image,
-    place_images,
-    to_rgb,
-)
+from common.data.examples import Example, load_examples, open_image, place_images, to_rgb
+from common.data.prompts import TEMPLATE, batch_indices, build_messages, check_template, prefetch
+from common.rewards.designs import REQUEST
 from tests.small_models import picture
 
 
@@ -449,18 +439,18 @@ def test_the_next_step_is_prepared_while_this_one_is_used():
 
     results = []
     with pytest.raises(SystemExit, match="--data: broken"):  # where its result is asked for, not earlier
-        for step, drawn in ahead(work, range(3, 7), in_thread=True):
+        for step, drawn in prefetch(work, range(3, 7), in_thread=True):
             results.append((step, drawn()))
             if step == 3:
                 assert go.wait(10), "step 4 is prepared although nobody asked for it yet"
                 assert max(begun) == 4, "and no step beyond"
     assert results == [(3, 9), (4, 16), (5, 25)] and begun == [3, 4, 5, 6]
-    assert list(ahead(work, range(5, 5), in_thread=True)) == []
+    assert list(prefetch(work, range(5, 5), in_thread=True)) == []
 
 
 def test_without_a_thread_the_work_is_done_when_it_is_asked_for():
     begun = []
-    for step, drawn in ahead(begun.append, range(3), in_thread=False):
+    for step, drawn in prefetch(begun.append, range(3), in_thread=False):
         assert begun == list(range(step)), "nothing is done ahead"
         drawn()
     assert begun == [0, 1, 2]

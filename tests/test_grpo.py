@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 import grpo
+from common.run.folder import start_run
 from grpo import Args, group_advantages, k3_divergence, kept_groups, policy_loss, token_weights
 from tests.one_step import gradient_norm, one_step, standardized
 
@@ -275,7 +275,8 @@ def test_the_denominators_are_the_whole_steps():
 )  # fmt: skip
 def test_bad_settings_are_one_line(settings, message):
     with pytest.raises(SystemExit, match=message):
-        grpo.check(Args(**settings), Accelerator(cpu=True))
+        grpo.check(Args(**settings))
+        start_run(Args(**settings), "grpo")
 
 
 @pytest.mark.parametrize(
@@ -287,7 +288,7 @@ def test_bad_settings_are_one_line(settings, message):
 )
 def test_what_accelerate_would_do_beside_the_loop_is_refused(name, value, message):
     # accelerate keeps its settings for the whole process, so this asks a new one
-    code = "import grpo; from accelerate import Accelerator; grpo.check(grpo.Args(), Accelerator(cpu=True))"
+    code = "import grpo; from common.run.folder import start_run; start_run(grpo.Args(), 'grpo')"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {f"ACCELERATE_{name}": value}, capture_output=True, text=True
     )

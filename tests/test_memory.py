@@ -7,10 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common.evaluation import accuracy as evaluate
 from common.model.sampling import Decoder, sample
 from common.model.scoring import Scorer, forward_completions, forward_prompts, token_logprobs
-from common.run.folder import memory_advice
+from common.run.settings import memory_advice
+from common.tiny.recipe import accuracy as evaluate
 from tests.benchmarks.memory import Options, sampling, update
 from tests.small_models import FAMILIES, small_policy, small_prompts
 

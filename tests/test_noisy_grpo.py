@@ -10,9 +10,11 @@ from PIL import Image
 
 import grpo
 import noisy_grpo
-from noisy_grpo import ABAR, Args, group_z, levels_of, noisy_bytes, noisy_image, posterior_advantages
+from common.model import training
+from noisy_grpo import Args, group_z, levels_of, noise_schedule, noisy_bytes, noisy_image, posterior_advantages
 from tests.one_step import gradient_norm, one_step
 
+ABAR = noise_schedule()
 LADDER = [0.0, 0.3, 0.6, 0.9]
 ARGS = Args(group_size=4)
 close = lambda a, b, atol=1e-5: torch.testing.assert_close(
@@ -208,7 +210,7 @@ def test_bad_flags_are_one_line(settings, message, tmp_path):
 
 def test_metrics_of_annealed_levels_stand_under_the_levels_that_were_given(monkeypatch, tmp_path):
     settings = {"noise_levels": (0.0, 0.5), "posterior": "none", "anneal": True}
-    monkeypatch.setattr(noisy_grpo, "design_rewards", lambda *a: ([0.0, 1.0] * 8, {}))  # 1 where there is noise
+    monkeypatch.setattr("common.rewards.designs.design_rewards", lambda *a: ([0.0, 1.0] * 8, {}))  # 1 under noise
     run(noisy_grpo, tmp_path, "a", **settings)  # in the last step both levels round to 0.00
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
@@ -220,11 +222,11 @@ def test_metrics_of_annealed_levels_stand_under_the_levels_that_were_given(monke
 
 def test_micro_batches_count_the_noisy_prompt_of_every_row(monkeypatch, tmp_path):
     """Trained on noisy images a group has a prompt a row."""
-    sizes, original = [], noisy_grpo.micro_batches
-    monkeypatch.setattr(noisy_grpo, "micro_batches", lambda m, width, *a: sizes.append(width) or original(m, width, *a))
+    sizes, original = [], training.cut_by_tokens
+    monkeypatch.setattr(training, "cut_by_tokens", lambda n, size, *a: sizes.append(size) or original(n, size, *a))
     for name in ("clean", "noisy"):
         run(noisy_grpo, tmp_path, name, update_image=name, steps=1)
-    assert sizes[1] == 4 * sizes[0]
+    assert sizes[-1] == 4 * sizes[1], "the last cut of each run is that of the update"
 
 
 def test_a_step_uses_the_posterior_advantages_on_clean_images(monkeypatch, tmp_path):

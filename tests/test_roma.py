@@ -11,9 +11,10 @@ from PIL import Image
 import grpo
 import roma
 from common.corruptions import SEEN
-from common.model.load import replace_images
+from common.data.prompts import replace_images
 from common.model.sampling import sample, uniform_numbers
-from common.model.scoring import Scorer, pack_views, rows_of
+from common.model.scoring import Scorer
+from common.model.training import pack_views, rows_of
 from tests.one_step import gradient_norm, one_step, standardized
 from tests.small_models import small_policy, small_prompts
 
@@ -221,12 +222,12 @@ def test_a_step_descends_equation_7(monkeypatch, tmp_path):
     """The loss and the gradient of a whole step, from equations (2), (5), (6) and (7) on a freshly loaded policy."""
     correct = [1, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0]  # the last two groups have no advantages
     rewards = [1.5, 0.5, 0, 1, 1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5]  # wrong answers in the right form pay too
-    seen, packed = {}, roma.pack_views
-    monkeypatch.setattr("roma.pack_views", lambda *a, **k: (seen.update(views=a[1]), packed(*a, **k))[1])
+    seen, drawn = {}, roma.corrupted_prompts
+    monkeypatch.setattr("roma.corrupted_prompts", lambda *a: seen.setdefault("drawn", drawn(*a)))
     args, logged, policy, _, ids, mask, clean = one_step(
         roma, monkeypatch, tmp_path, correct, rewards, kl_view_coef=0.3, aux_coef=0.5
     )
-    views = torch.stack([Scorer(policy)(view, ids, mask).logprobs for view in seen["views"]])
+    views = torch.stack([Scorer(policy)(view, ids, mask).logprobs for view in seen["drawn"][2]])
     advantages = standardized(rewards)
     auxiliary = [roma.draw_views(5, 0, n, args)[1] for n in range(3) for _ in range(4)]
     gap = clean.detach() - views
@@ -272,8 +273,8 @@ def test_each_ablation_trains_differently(tmp_path):
     [
         ({"train_corruptions": ("seen", "rain")}, "--train-corruptions: corruption 'rain' is not one of seen, "),
         ({"num_views": 6}, "--num-views 6: from 1 to 5, "),
-        ({"train_severities": (0, 1)}, r"--train-severities \(0, 1\): each must be one of 1 to 5"),
-        ({"train_corruptions": ()}, "--train-corruptions: names at least one"),
+        ({"train_severities": (0, 1)}, "--train-severities 0 1: each must be one of 1 to 5"),
+        ({"train_corruptions": ()}, "--train-corruptions: nothing stands behind it"),
         ({"num_views": 0}, "--num-views 0: must be at least 1"),
         ({"kl_view_coef": -1.0}, "--kl-view-coef -1.0: must be at least 0"),
         ({"aux_coef": float("nan")}, "--aux-coef nan: must be at least 0"),

@@ -15,8 +15,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from common.run.folder import Run, drop_lines_from, find_damage, load_weights, memory_advice
+from common.data.examples import Example
+from common.run.checkpoints import find_damage, load_weights
+from common.run.files import drop_lines_from
+from common.run.folder import Run
 from common.run.plot import plot_learning_curve
+from common.run.settings import memory_advice
 from tests.small_models import FAMILIES, small_folder, small_policy
 
 
@@ -94,12 +98,12 @@ def test_damage_is_found_and_the_older_checkpoint_taken(tmp_path, capsys):
 def test_a_kill_while_saving_leaves_the_older_checkpoint(tmp_path):
     code = """
 import os, signal, sys
-import common.run.folder as run
+import common.run.checkpoints as checkpoints
 from tests.test_run import new_run, policy_and_optimizer
 policy, optimizer = policy_and_optimizer()
 r = new_run(sys.argv[1])
 r.save(1, policy, optimizer)
-run.checksum = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+checkpoints.checksum = lambda path: os.kill(os.getpid(), signal.SIGKILL)
 r.save(2, policy, optimizer)
 """
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], cwd=Path(__file__).parents[1])
@@ -197,25 +201,26 @@ def test_lines_of_steps_that_will_be_done_again_are_dropped(tmp_path):
 
 def test_no_step_stands_twice_after_a_resumption(tmp_path):
     policy, optimizer = policy_and_optimizer()
-    row = {"question": "\u2028 三?", "completion": "3", "answer": "3", "reward": 1.0, "advantage": 0.5}
+    figures = {"reward": torch.tensor([1.0, 1.0]), "advantage": torch.tensor([0.5, 0.5])}
+    shown = (Example((), "\u2028 三?", "3"), ["3", "3"])
     run = new_run(tmp_path / "run")
     for step in range(5):  # killed in the fifth step, after a checkpoint at the third
         run.log(step, LINE)
-        run.show(step, [row, row])
+        run.show(step, *shown, **figures)
         if step == 2:
             run.save(step + 1, policy, optimizer)
     run = new_run(tmp_path / "run", resume=str(tmp_path / "run"))
     for step in range(run.restore(policy, optimizer), 6):
         run.log(step, LINE)
-        run.show(step, [row, row])
+        run.show(step, *shown, **figures)
     for name, rows in (("metrics.jsonl", 1), ("completions.jsonl", 2)):
         lines = (tmp_path / "run" / name).read_text().strip("\n").split("\n")
         assert [json.loads(line)["step"] for line in lines] == [s for s in range(6) for _ in range(rows)]
 
 
 def test_a_completion_is_printed_readably(tmp_path, capsys):
-    row = {"question": "How many?", "completion": "<think>two</think>", "answer": "2", "reward": 1.0, "advantage": 0.5}
-    new_run(tmp_path / "run").show(0, [row])
+    example, figures = Example((), "How many?", "2"), {"reward": torch.tensor([1.0]), "advantage": torch.tensor([0.5])}
+    new_run(tmp_path / "run").show(0, example, ["<think>two</think>"], **figures)
     said = capsys.readouterr().out
     assert "step 1, reward 1.00, advantage +0.50, answer 2\nHow many?\n<think>two</think>" in said
 
@@ -322,7 +327,7 @@ if not accelerator.is_main_process:  # one process is told twice at once, as by 
 assert run.should_stop()
 def full(*args):
     raise OSError(28, "No space left on device")
-common.run.folder.save_policy = full
+common.run.checkpoints.save_policy = full
 run.save(2, policy, optimizer)
 """
 

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.data.examples import build_messages, load_examples
+from common.data.examples import load_examples
+from common.data.prompts import build_messages, replace_images
 from common.model.layers import RMSNorm, attention, normalize, rms_norm
-from common.model.load import encode_prompts, load_policy, replace_images
+from common.model.load import encode_prompts, load_policy
 from common.model.sampling import sample, uniform_numbers
-from common.model.scoring import Scorer, distinct_rows, micro_batches, token_logprobs
+from common.model.scoring import Scorer, distinct_rows, token_logprobs
+from common.model.training import micro_batches
 from tests.small_models import FAMILIES, picture, small_folder, small_policy, small_prompts
 
 GROUP = 3

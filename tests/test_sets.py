@@ -12,8 +12,8 @@ from PIL import Image
 
 from common.data.examples import load_examples
 from common.data.sets import BLINK, SOURCES, lettered, special_scores
-from common.evaluation import accuracy as evaluation
 from common.rewards.answers import check
+from common.tiny.recipe import accuracy as evaluation
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,11 @@
 import pytest
 from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 
-from common.data.examples import REQUEST, build_messages, load_examples
+from common.data.examples import load_examples
+from common.data.prompts import build_messages
 from common.data.puzzles import puzzle
 from common.model.load import TINY, VISION_TOKENS, encode_prompts, load_policy
+from common.rewards.designs import REQUEST
 from common.tiny import recipe
 
 

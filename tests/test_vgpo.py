@@ -261,7 +261,7 @@ def test_each_setting_trains_differently(tmp_path):
         ({"compensation": float("nan")}, "--compensation nan: must be at least 0"),
         ({"tail_share": 0.0}, "--tail-share 0.0: must be above 0 and at most 1"),
         ({"gated_share": 1.5}, "--gated-share 1.5: must be above 0 and at most 1"),
-        ({"token_clamp": (2.0, 1.0)}, "--token-clamp 2.0 1.0: must be two numbers from 0 up, in order"),
+        ({"token_clamp": (2.0, 1.0)}, "--token-clamp 2.0 1.0: each must be at least 0, in order"),
     ],
 )
 def test_bad_flags_are_one_line(settings, message, tmp_path):

@@ -262,7 +262,7 @@ def test_each_setting_trains_differently(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"keep_fraction": 0.0}, "--keep-fraction 0.0: must be from 0.001 to 1"),
+        ({"keep_fraction": 0.0}, "--keep-fraction 0.0: must be above 0 and at most 1"),
         ({"entropy_coef": float("nan")}, "--entropy-coef nan: must be at least 0"),
         ({"mask_prob": 1.5}, "--mask-prob 1.5: must be from 0 to 1"),
         ({"beta_max": 0.5}, "--beta-max 0.5: must exceed --beta-min 0.9"),

@@ -12,10 +12,8 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,9 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from common.data.puzzles import SPLITS, puzzle
 from common.data.sets import SOURCES, Readable
 from common.rewards.answers import KINDS, prepare_gold
-from common.rewards.designs import REQUEST
 
-TEMPLATE = "{question}\n\n{request}"
 # Where data sets keep what; the first of these that a set has is taken.
 IMAGE_COLUMNS = ("images", "decoded_image", "image", "image_path", "file_name")
 QUESTION_COLUMNS = ("problem", "question", "prompt", "query")
@@ -449,65 +445,3 @@ def place_images(question: str, images: tuple) -> tuple[str, tuple]:
     if len(markers) > len(images):
         raise ValueError(f"{len(markers)} image markers for {len(images)} images")
     return "<image>" * (len(images) - len(markers)) + question, images
-
-
-def build_messages(example: Example, template: str = TEMPLATE) -> list[dict]:
-    """The conversation that the model reads: one user message, pictures where the markers stand.
-
-    >>> build_messages(Example((), "How many?", "3"), "{question} Be brief.")
-    [{'role': 'user', 'content': [{'type': 'text', 'text': 'How many? Be brief.'}]}]
-    """
-    text = check_template(template).replace("{request}", REQUEST).replace("{question}", example.question)
-    content = []
-    for piece in re.split(r"(<image>)", text):
-        if piece == "<image>":
-            content.append({"type": "image"})
-        elif piece:
-            content.append({"type": "text", "text": piece})
-    return [{"role": "user", "content": content}]
-
-
-def check_template(template: str) -> str:
-    """The template with `\\n` typed on a command line made a line break.
-
-    Raises:
-        SystemExit: it has no place for the question, or one for pictures, which come with the question.
-    """
-    template = template.replace("\\n", "\n")
-    if "{question}" not in template or "<image>" in template:
-        raise SystemExit(f"--prompt-template {template!r}: must contain {{question}} and not <image>")
-    return template
-
-
-def batch_indices(seed: int, step: int, size: int, length: int) -> list[int]:
-    """Which examples step `step` draws: a pure function, so that a resumed run goes on where it stopped.
-
-    Steps walk through one random order of the set after another; within an epoch no example comes twice. A batch that
-    reaches over the end of an epoch takes its rest from the next.
-    """
-    indices = []
-    while len(indices) < size:
-        epoch, start = divmod(step * size + len(indices), length)
-        indices += epoch_order(seed, epoch, length)[start : start + size - len(indices)].tolist()
-    return indices
-
-
-def ahead(work: Callable[[int], T], steps: range, in_thread: bool) -> Iterator[tuple[int, Callable[[], T]]]:
-    """Each step with a function that returns `work(step)`; in a thread the next step's work is done meanwhile.
-
-    Opening and processing images takes processor time that is free while a GPU trains. Where the processor itself
-    trains, a thread beside it would only slow both down.
-    """
-    if not in_thread:
-        yield from ((step, partial(work, step)) for step in steps)
-        return
-    with ThreadPoolExecutor(1) as pool:
-        coming = [pool.submit(work, step) for step in steps[:1]]
-        for step in steps:
-            coming += [pool.submit(work, after) for after in steps[step - steps.start + 1 :][:1]]
-            yield step, coming.pop(0).result
-
-
-@lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(length)

@@ -26,13 +26,17 @@ import torch
 import tyro
 from PIL import Image
 
-from common.data.examples import TEMPLATE, Example, build_messages, check_template, load_examples
-from common.evaluation.accuracy import aligned, bootstrap, newest_checkpoint, usual
+from common.data.examples import Example, load_examples
+from common.data.prompts import TEMPLATE, build_messages, check_template
+from common.evaluation.accuracy import aligned
+from common.evaluation.robustness import bootstrap
 from common.model.load import Policy, encode_prompts, load_policy, process_images
 from common.model.sampling import decode, sample, uniform_numbers
 from common.model.scoring import Scorer
 from common.rewards.answers import score
-from common.run.folder import check_least, write
+from common.run.checkpoints import newest_checkpoint, settings_of
+from common.run.files import write
+from common.run.settings import Count, Natural, PositiveShare, Weight, check_ranges
 
 LATE = 0.5  # a completion's last half is late
 PLACES = 10  # of the curves
@@ -48,25 +52,25 @@ class Args:
     """puzzles, a .jsonl or .parquet file, a folder, or a hub id"""
     split: str = "test"
     """which part of it"""
-    limit: int = 100
+    limit: Count = 100
     """examples, the first of the split"""
-    show: int = 6
+    show: Count = 6
     """examples on the page and in the picture"""
-    temperature: float = 0.0
+    temperature: Weight = 0.0
     """0: greedy completions"""
-    masks: int = 4
+    masks: Count = 4
     """masked views an example"""
-    mask_prob: float = 0.5
+    mask_prob: PositiveShare = 0.5
     """share of the patches that a mask blackens"""
-    max_completion_length: int = 0
+    max_completion_length: Natural = 0
     """longest completion in tokens (default: what the run trained with)"""
     prompt_template: str = ""
     """what the model reads (default: what the run trained with, else the standard one)"""
-    max_pixels: int = 0
+    max_pixels: Natural = 0
     """bound on an image's area after resizing (0: as the checkpoint says)"""
-    batch_prompts: int = 32
+    batch_prompts: Count = 32
     """examples decoded together; lower it when memory runs out"""
-    seed: int = 1
+    seed: Natural = 1
     """of the masks, and of the sampling where the temperature is above 0"""
     out: str = "look"
     """folder to write"""
@@ -320,10 +324,7 @@ def plot_curves(models: dict[str, list[Look]], path: Path) -> None:
 
 
 def main(args: Args) -> dict[str, dict]:
-    least = {"limit": 1, "show": 1, "temperature": 0, "masks": 1, "batch_prompts": 1, "max_completion_length": 0}
-    check_least(args, least | {"max_pixels": 0, "seed": 0})
-    if not 0 < args.mask_prob <= 1:
-        raise SystemExit(f"--mask-prob {args.mask_prob}: must be above 0 and at most 1")
+    check_ranges(args)
     if args.prompt_template:
         check_template(args.prompt_template)
     folder = Path(args.out)
@@ -345,8 +346,8 @@ def main(args: Args) -> dict[str, dict]:
         models[title] = look(
             policy,
             examples,
-            template=args.prompt_template or usual(name)["prompt_template"],
-            max_new_tokens=args.max_completion_length or usual(name)["max_completion_length"],
+            template=args.prompt_template or settings_of(name)["prompt_template"],
+            max_new_tokens=args.max_completion_length or settings_of(name)["max_completion_length"],
             temperature=args.temperature,
             masks=args.masks,
             mask_prob=args.mask_prob,

@@ -23,11 +23,11 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from common.corruptions import choose
+from common.corruptions import check_corruptions, choose
 from common.data.puzzles import SPLITS
-from common.evaluation.accuracy import CLEAN, plot_robustness, robustness_summary, robustness_table
 from common.evaluation.look import FIGURES, summarize, summary_table
-from common.run.folder import write
+from common.evaluation.robustness import CLEAN, plot_robustness, robustness_summary, robustness_table
+from common.run.files import write
 
 ROOT = Path(__file__).parents[2]
 
@@ -121,12 +121,8 @@ def main(args: Args) -> None:
             begun = (file.with_suffix("") / "args.json").is_file() and file.exists()
             if begun and file.read_text() != shlex.join(commands[name]):
                 raise SystemExit(f"--methods {method!r}: {file} says it was `{file.read_text()}`; use another --out")
-    try:
-        choose(args.corruptions)
-    except ValueError as error:
-        raise SystemExit(f"--corruptions: {error}") from None
-    if not args.severities or not set(args.severities) <= {1, 2, 3, 4, 5}:
-        raise SystemExit(f"--severities {' '.join(map(str, args.severities))}: each must be one of 1 to 5")
+    if args.corruptions:
+        check_corruptions("--corruptions", args.corruptions, "--severities", args.severities)
     if args.jobs < 1 or args.limit < 1 or not args.methods or not args.seeds or not args.splits or args.look < 0:
         raise SystemExit("--jobs, --limit, --methods, --seeds, --splits: at least one of each; --look: at least 0")
     if len(set(args.seeds)) < len(args.seeds):

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -277,18 +277,6 @@ def join(parts: list[Prompts]) -> Prompts:
         torch.cat([part.image_grid_thw for part in parts]),
         [count for part in parts for count in part.images_per_prompt],
     )
-
-
-def replace_images(policy: Policy, prompts: Prompts, images: list[list[Image.Image]]) -> Prompts:
-    """The same prompts seeing other pictures of the same sizes: another view for teacher forcing.
-
-    Raises:
-        ValueError: the new pictures do not fill the same grids, so that the prompt's tokens would not fit them.
-    """
-    pixels, grids = process_images(policy, [image for row in images for image in row])
-    if not torch.equal(grids, prompts.image_grid_thw):
-        raise ValueError(f"the new images have grids {grids.tolist()}, the prompts {prompts.image_grid_thw.tolist()}")
-    return replace(prompts, pixel_values=None if pixels is None else pixels.to(policy.device))
 
 
 def process_images(policy: Policy, images: list[Image.Image]) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -7,7 +7,6 @@ gathered anew after each optimizer step. Sampling and scoring read that copy as 
 """
 
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
@@ -17,7 +16,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common.model.layers import precision
-from common.model.load import Prompts
 from common.model.scoring import Scorer
 
 UNTIL_EXIT = []  # what must not be freed earlier
@@ -74,24 +72,6 @@ def gather_weights(scorer: torch.nn.Module) -> None:
         if isinstance(module, FSDPModule):
             module.reshard()
             module.unshard()
-
-
-def in_step(
-    batches: list[list[int]],
-    scorer: torch.nn.Module,
-    accelerator: Accelerator,
-    prompts: Prompts,
-    completion_ids: torch.Tensor,
-    completion_mask: torch.Tensor,
-) -> Iterator[list[int]]:
-    """The micro-batches, for one backward call each. Each call averages gradients over processes, so a process with
-    fewer micro-batches than another then goes backward through one token, with a gradient of 0, as often as it takes.
-    """
-    calls = accelerator.gather(torch.tensor([len(batches)], device=accelerator.device)).max()
-    yield from batches
-    for _ in range(int(calls) - len(batches)):
-        scores = scorer(prompts.select([0]), completion_ids[:1, :1], completion_mask[:1, :1])
-        accelerator.backward(0 * scores.logprobs.sum())
 
 
 def whole(value: object, keep: bool) -> object:

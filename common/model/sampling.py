@@ -9,6 +9,7 @@ rows stand beside it, in one process or several, in a first run or a resumed one
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,13 +40,14 @@ class Rollout:
         return len(self.completion_ids)
 
 
-def uniform_numbers(seed: int, step: int, rows: list[int], length: int) -> torch.Tensor:
+def uniform_numbers(seed: int, step: int, rows: Sequence[int | tuple[int, int]], length: int) -> torch.Tensor:
     """Numbers [R, T] float64 in [0, 1): a pure function of seed, step and each row's place in the whole step.
 
-    What else a method draws for a prompt of a step has a number above 0 behind seed, step and place: 0 there, or none,
-    would be a row's stream again.
+    What else a method draws for a prompt of a step has a number above 0 behind the prompt's place, as (place, 1): 0
+    there, or none, would be a row's stream again.
     """
-    return torch.from_numpy(np.stack([np.random.default_rng([seed, step, row]).random(length) for row in rows]))
+    streams = [[seed, step, *(row if isinstance(row, tuple) else (row,))] for row in rows]
+    return torch.from_numpy(np.stack([np.random.default_rng(stream).random(length) for stream in streams]))
 
 
 def sample(

@@ -11,7 +11,7 @@ Nothing of size rows x tokens x vocabulary is ever kept: `token_logprobs` runs t
 and, if they are more than one, runs it again in the backward pass.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -20,7 +20,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from common.model.layers import attention, decoder_layer, precision, rms_norm, rotary_tables
-from common.model.load import Policy, Prompts, join
+from common.model.load import Policy, Prompts
 
 # Logits of this many entries may exist at a time (float32: 256 MiB).
 LOGIT_BUDGET = 2**26
@@ -290,86 +290,3 @@ class TokenLogprobs(torch.autograd.Function):
                 grad_head = product.float() if grad_head is None else grad_head.add_(product)
             del p, grad_logits  # before the next ones are made
         return grad_rows, None if grad_head is None else grad_head.to(head.dtype), None, None
-
-
-def micro_batches(
-    completion_mask: torch.Tensor, prompt_width: int, group_size: int, budget: int
-) -> Iterator[list[int]]:
-    """Cut prompts into micro-batches of at most `budget` tokens, padding counted, longest completions first.
-
-    Prompts of similar length stand together, and a prompt's rows are never parted, since they share its forward.
-    Yields lists of prompt indices into `completion_mask` [N * G, T]; a single prompt above the budget goes alone
-    (and `Scorer` cuts its rows into slices).
-    """
-    longest = completion_mask.sum(1).view(-1, group_size).amax(1).tolist()  # [N]
-    batch, width = [], 0
-    for prompt in sorted(range(len(longest)), key=lambda n: -longest[n]):
-        width = width if batch else longest[prompt]
-        if batch and (len(batch) + 1) * (prompt_width + group_size * width) > budget:
-            yield batch
-            batch, width = [], longest[prompt]
-        batch.append(prompt)
-    if batch:
-        yield batch
-
-
-def rows_of(prompts: Iterable[int], group_size: int) -> list[int]:
-    """The rows of some prompts: rows of a prompt stand together.
-
-    >>> rows_of([0, 2], group_size=3)
-    [0, 1, 2, 6, 7, 8]
-    """
-    return [n * group_size + g for n in prompts for g in range(group_size)]
-
-
-def pack_views(
-    prompts: Prompts, views: list[Prompts], members: list[int], viewed: list[int], group_size: int
-) -> tuple[Prompts, list[int], list[int] | None]:
-    """One batch out of all rows of the prompts `members` and, behind them, rows `viewed` of any prompts once for
-    each view.
-
-    Returns prompts, the rows' numbers, and each row's place
-    among the prompts: what `Scorer` takes. One forward of one batch, so that every process makes as many.
-    """
-    own = rows_of(members, group_size)
-    if not viewed:
-        return prompts.select(members), own, None
-    seen = sorted({row // group_size for row in viewed})
-    parts = [prompts.select(members)] if members else []
-    packed = join(parts + [view.select(seen) for view in views])
-    prompt_of_row = [i // group_size for i in range(len(own))]
-    for k in range(len(views)):
-        prompt_of_row += [len(members) + k * len(seen) + seen.index(row // group_size) for row in viewed]
-    return packed, own + viewed * len(views), prompt_of_row
-
-
-@torch.no_grad()
-def score_without_gradient(
-    scorer: Scorer,
-    prompts: Prompts,
-    completion_ids: torch.Tensor,
-    completion_mask: torch.Tensor,
-    wanted: torch.Tensor,
-    *,
-    group_size: int,
-    temperature: float,
-    micro_batch_tokens: int,
-    visit: Callable[[list[int], list[int], Scores], None] = lambda members, rows, scores: None,
-) -> torch.Tensor:
-    """Log-probabilities [R, T] float32 of the groups `wanted` [N] bool, in micro-batches; 0 elsewhere.
-
-    `visit` is shown the prompts, rows and scores of each micro-batch.
-    """
-    logprobs = torch.zeros(completion_ids.shape, device=completion_ids.device)
-    groups = wanted.nonzero()[:, 0].tolist()
-    mask = completion_mask[rows_of(groups, group_size)]
-    for batch in micro_batches(mask, prompts.input_ids.shape[1], group_size, micro_batch_tokens):
-        members = [groups[n] for n in batch]
-        rows = rows_of(members, group_size)
-        length = int(completion_mask[rows].sum(1).max())
-        scores = scorer(
-            prompts.select(members), completion_ids[rows, :length], completion_mask[rows, :length], temperature
-        )
-        logprobs[rows, :length] = scores.logprobs
-        visit(members, rows, scores)
-    return logprobs

@@ -15,10 +15,11 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
-from common.rewards.answers import LONGEST_ANSWER, READERS, check, extract, normalize, number
+from common.rewards.answers import LONGEST_ANSWER, READERS, check, extract, normalize, number, score
 
 REQUEST = "Think between <think> and </think>, then give only the final answer between <answer> and </answer>."
 # Weights of the sections, in the order in which they are to be written (2601.00215, table 6).
@@ -84,6 +85,23 @@ def check_tokenizer(design: str, tokenizer) -> None:
         again = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), skip_special_tokens=True)
         if again != text:
             raise SystemExit(f"--reward {design}: the tokenizer makes {again!r} of {text!r}")
+
+
+class Rewards(NamedTuple):
+    """What R completions earn, and why."""
+
+    rewards: list[float]  # [R]
+    accuracy: list[float]  # [R] 1.0 or 0.0: is the answer right
+    terms: dict[str, list[float]]  # name of a section -> its score [R]
+    verdicts: dict[str, int]  # how often answers were checked with which outcome
+
+
+def reward_completions(design: str, completions: Sequence[str], examples: Sequence, encoder: str = "") -> Rewards:
+    """Rewards of completions by a design of `DESIGNS`, or by `accuracy`: a right answer, tagged or boxed. Example i
+    belongs to completion i; `encoder` names a sentence encoder, for `semantic` only."""
+    accuracy, verdicts = score(completions, examples, "auto" if design == "accuracy" else "tag")
+    rewards, terms = design_rewards(design, completions, examples, accuracy, encoder)
+    return Rewards(rewards, accuracy, terms, verdicts)
 
 
 def design_rewards(

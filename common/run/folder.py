@@ -9,8 +9,6 @@ or a tensor file that is read without running code.
     learning_curve.png, summary.json   at the end
 """
 
-import contextlib
-import hashlib
 import json
 import math
 import os
@@ -19,7 +17,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,13 +25,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from common.model.load import Policy, load_policy, save_policy
-from common.model.processes import end_processes, part_of, whole
+from common.model.load import Policy
+from common.model.processes import end_processes, start_processes, whole
+from common.run.checkpoints import drop_old, load_checkpoint, masters, newest_whole, write_checkpoint
+from common.run.files import append, drop_lines_from, one_line, write
+from common.run.meter import Meter
 from common.run.plot import plot_learning_curve
 
 BAD_STEPS_IN_A_ROW = 5
@@ -41,6 +39,24 @@ BAD_STEPS_IN_A_ROW = 5
 MAY_CHANGE = {"resume", "out", "steps", "track", "save_every", "keep_checkpoints", "micro_batch_tokens"}
 MAY_CHANGE |= {"eval_every", "eval_examples"}
 TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+def start_run(args, script: str) -> "Run":
+    """This process among those that the launcher started, or the only one, with the run's folder open.
+
+    Raises:
+        SystemExit: one line, when accelerate is configured for what the loops do not do, the prompts of a step cannot
+            be shared out, or the folder cannot be used.
+    """
+    accelerator = start_processes()
+    check_accelerate(accelerator)
+    processes = accelerator.num_processes
+    if args.prompts_per_step % (processes * args.updates_per_rollout):
+        raise SystemExit(
+            f"--prompts-per-step {args.prompts_per_step}: must be a multiple of {processes} processes times "
+            f"--updates-per-rollout {args.updates_per_rollout}"
+        )
+    return Run(args, accelerator, script)
 
 
 class Run:
@@ -57,14 +73,13 @@ class Run:
         """
         self.args, self.accelerator = args, accelerator
         self.main = accelerator.is_main_process
+        self.meter = Meter(accelerator)
         model = re.sub(r"[^\w.-]+", "-", args.model).strip("-")
         self.folder = Path(args.resume or args.out or f"runs/{script}-{model}-seed{args.seed}")
         self.bad_steps = self.bad_in_a_row = 0
         self.stop_requested = False
         self.bar = None
         self.settings = {**asdict(args), "script": script}
-        if args.keep_checkpoints < 1:
-            raise SystemExit(f"--keep-checkpoints {args.keep_checkpoints}: keep at least 1")
         if args.track and args.track not in TRACKERS:
             raise SystemExit(f"--track {args.track}: not one of {', '.join(TRACKERS)}")
         if args.track and find_spec(args.track) is None:
@@ -176,10 +191,14 @@ class Run:
         if "eval/accuracy" in metrics:
             tqdm.write(f"step {step + 1}: held-out accuracy {100 * metrics['eval/accuracy']:.1f} %", file=sys.stdout)
 
-    def show(self, step: int, rows: list[dict]) -> None:
-        """Keep some completions; print one now and then, so that a person sees what the model writes."""
+    def show(self, step: int, example, completions: list[str], **figures: torch.Tensor) -> None:
+        """Keep the completions of one prompt with a figure each; print one now and then, so that a person sees what the
+        model writes."""
         if not self.main:
             return
+        columns = zip(completions, *(values.tolist() for values in figures.values()), strict=True)
+        asked = {"question": example.question, "answer": example.answer}
+        rows = [asked | {"completion": text, **dict(zip(figures, row, strict=True))} for text, *row in columns]
         append(self.folder / "completions.jsonl", [{"step": step, **row} for row in rows])
         if step % max(1, self.args.steps // 5) == 0:
             row = rows[0]  # not the best one, which would flatter the model
@@ -210,53 +229,32 @@ class Run:
     # --- checkpoints
 
     def save(self, step: int, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-        """Checkpoint after `step` steps, under a temporary name until every byte is on the disk.
+        """Checkpoint after `step` steps.
 
         Raises:
             SystemExit: one line, on every process, when it cannot be written; older checkpoints are not touched.
         """
         weights = whole(masters(policy, optimizer), keep=self.main)
-        state = whole(optimizer.state_dict(), keep=self.main)
-        on_main(self.accelerator, lambda: self.write_checkpoint(step, policy, weights, state))
+        trainer = {"step": step, "optimizer": whole(optimizer.state_dict(), keep=self.main)}
+        trainer["non_finite_gradients"] = self.bad_steps
+        folder = self.folder / "checkpoints" / f"step-{step:06d}"
+        on_main(self.accelerator, lambda: write_checkpoint(folder, policy, weights, trainer))
+        if self.main:
+            drop_old(folder.parent, self.args.keep_checkpoints)
 
-    def write_checkpoint(self, step: int, policy: Policy, weights: dict | None, optimizer_state: dict) -> None:
-        final = self.folder / "checkpoints" / f"step-{step:06d}"
-        writing = final.with_name(f"writing-{final.name}")
-        try:
-            with one_line(f"checkpoint {final}"):
-                shutil.rmtree(writing, ignore_errors=True)
-                writing.mkdir()
-                save_policy(policy, writing, weights)
-                trainer = {"step": step, "optimizer": optimizer_state, "non_finite_gradients": self.bad_steps}
-                torch.save(trainer, writing / "trainer.pt")
-                files = sorted(p for p in writing.rglob("*") if p.is_file())
-                for path in files:
-                    sync(path)
-                write(writing / "complete", json.dumps({str(p.relative_to(writing)): checksum(p) for p in files}))
-                sync(writing)
-                if final.exists():
-                    shutil.rmtree(final)
-                writing.rename(final)
-                sync(final.parent)
-        except SystemExit:
-            shutil.rmtree(writing, ignore_errors=True)
-            raise
-        for old in sorted(final.parent.glob("step-*"))[: -self.args.keep_checkpoints]:
-            shutil.rmtree(old, ignore_errors=True)
+    def save_when_due(self, step: int, policy: Policy, optimizer: torch.optim.Optimizer) -> bool:
+        """Checkpoint after `step` steps, every `save_every`, at the end and before a stop. True: the run is to stop."""
+        stopping = self.should_stop()
+        if stopping or step % self.args.save_every == 0 or step == self.args.steps:
+            self.save(step, policy, optimizer)
+        return stopping
 
     def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
         """Load the newest checkpoint that is whole into policy and optimizer; returns the step to go on with."""
-        folder = on_main(self.accelerator, self.newest_whole_checkpoint)
+        folder = on_main(self.accelerator, lambda: newest_whole(self.folder / "checkpoints"))
         step = 0
         if folder:
-            load_weights(policy, folder, masters(policy, optimizer))
-            # On the CPU: load_state_dict moves what belongs on the device, and Adam's step counters do not. Mapped: the
-            # processes of a machine share the memory that it takes.
-            state = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu", mmap=True)
-            parameters = optimizer.param_groups[0]["params"]
-            for number, moments in state["optimizer"]["state"].items():
-                moments |= {name: part_of(value, parameters[number]) for name, value in moments.items()}
-            optimizer.load_state_dict(state["optimizer"])
+            state = load_checkpoint(folder, policy, optimizer)
             step, self.bad_steps = state["step"], state["non_finite_gradients"]
         self.accelerator.wait_for_everyone()  # lines are dropped when all processes have their weights
         if self.main and self.args.resume:
@@ -267,22 +265,6 @@ class Run:
         if self.args.track:
             self.start_tracker(step)
         return step
-
-    def newest_whole_checkpoint(self) -> Path | None:
-        """Damaged ones above it are set aside: were they to stay, they would count among the newest that are kept."""
-        found = sorted(self.folder.glob("checkpoints/step-*"), reverse=True)
-        for number, folder in enumerate(found):
-            damage = find_damage(folder)
-            if damage is None:
-                for damaged in found[:number]:
-                    aside = damaged.with_name(f"damaged-{damaged.name}")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    damaged.rename(aside)
-                return folder
-            print(f"checkpoint {folder}: {damage}; trying the one before", flush=True)
-        if found:  # starting over would throw away the metrics of a run that may be mended by hand
-            raise SystemExit(f"--resume {self.folder}: none of its checkpoints is whole; start again with --out")
-        return None
 
     # --- the end
 
@@ -296,15 +278,11 @@ class Run:
             )
         return {}
 
-    def finish(self, results: dict[str, dict | None]) -> dict:
-        """Print and keep the results, draw the learning curve."""
+    def finish(self, results: dict[str, dict], table: str = "") -> dict:
+        """Keep the results of evaluations and print their table, draw the learning curve."""
         self.close()
-        results = {name: result for name, result in results.items() if result}
         if self.main:
-            if results:
-                from common.evaluation.accuracy import table
-
-                print(table(results))
+            print(table, end="\n" if table else "")
             summary = {name: {k: v for k, v in r.items() if k != "rows"} for name, r in results.items()}
             summary["non_finite_gradients"] = self.bad_steps
             with one_line(str(self.folder)):
@@ -324,37 +302,6 @@ class Run:
             signal.signal(number, handler)
 
 
-# The least that the flags of every script take.
-LEAST = {
-    "lora_rank": 0, "max_pixels": 0, "soft_punish_cache": 0, "steps": 1, "eval_every": 0, "eval_examples": 1,
-    "test_examples": 0, "save_every": 1, "keep_checkpoints": 1, "seed": 0, "prompts_per_step": 1, "group_size": 2,
-    "max_completion_length": 1, "top_k": 0, "learning_rate": 0, "updates_per_rollout": 1, "epochs_per_rollout": 1,
-    "micro_batch_tokens": 1, "advantage_eps": 0, "clip_low": 0, "clip_high": 0, "delta": 0, "tis_cap": 0, "kl_coef": 0,
-}  # fmt: skip
-
-
-def check_least(args: object, least: dict[str, float]) -> None:
-    """Stop with one line where a flag that is given is below its least value or not a number."""
-    for name, lowest in least.items():
-        value = getattr(args, name)
-        if value is not None and not lowest <= value < float("inf"):
-            raise SystemExit(f"--{name.replace('_', '-')} {value}: must be at least {lowest}")
-
-
-def check_flags(args: object, **least: float) -> None:
-    """Stop with one line where a flag is less than `LEAST` or `least` has it, out of its range, or not a number."""
-    check_least(args, LEAST | least)
-    for name, highest in (("temperature", float("inf")), ("top_p", 1.0), ("max_grad_norm", float("inf"))):
-        if not 0 < getattr(args, name) <= highest:
-            upper = "" if highest == float("inf") else f" and at most {highest:g}"
-            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0{upper}")
-    if 0 < args.max_completion_length <= args.soft_punish_cache:
-        raise SystemExit(
-            f"--soft-punish-cache {args.soft_punish_cache}: must be below --max-completion-length "
-            f"{args.max_completion_length}, or every completion is punished"
-        )
-
-
 def check_accelerate(accelerator: Accelerator) -> None:
     """Stop with one line where accelerate is configured for what the loops do not do."""
     kind, precision = accelerator.distributed_type, accelerator.mixed_precision
@@ -372,26 +319,6 @@ def check_accelerate(accelerator: Accelerator) -> None:
         )
 
 
-# How running out of memory reads: as torch, the CUDA runtime or its libraries, and the CPU's allocator put it.
-OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory")
-TRAINING_ADVICE = (
-    "--micro-batch-tokens (scoring and update), --prompts-per-step (sampling), --max-completion-length or --group-size "
-    "(all of it) or --max-pixels (images), or train with --lora-rank"
-)
-
-
-@contextlib.contextmanager
-def memory_advice(advice: str = TRAINING_ADVICE) -> Iterator[None]:
-    """Out of memory ends in one line that names what to lower; saved checkpoints stay. Also a decorator."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        text = " ".join(str(error).split())
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(x in text for x in OUT_OF_MEMORY):
-            raise
-        raise SystemExit(f"out of memory: lower {advice} ({text[:160] or type(error).__name__})") from None
-
-
 def on_main(accelerator: Accelerator, work: Callable[[], object]) -> object:
     """What `work` returns on the main process, on all of them; where it ends the run with a line, all of them end."""
     result = [None, None]
@@ -405,95 +332,3 @@ def on_main(accelerator: Accelerator, work: Callable[[], object]) -> object:
         end_processes(accelerator)
         raise SystemExit(result[1] if accelerator.is_main_process else 1)
     return result[0]
-
-
-@contextlib.contextmanager
-def one_line(what: str) -> Iterator[None]:
-    """A full disk or a folder that cannot be written ends the run with a line instead of a traceback."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # as torch.save and safetensors report a failed write
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise SystemExit(f"{what}: cannot be written ({reason}); checkpoints that are there stay") from None
-
-
-def append(path: Path, rows: list[dict]) -> None:
-    """Add lines to a JSONL file; each is there before the next step begins."""
-    with one_line(str(path)), path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a whole file and wait until it is on the disk, or leave the old one."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    temporary.replace(path)
-
-
-def sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    try:
-        expected = json.loads((folder / "complete").read_text())
-    except (OSError, json.JSONDecodeError):
-        return "it was not written to the end"
-    for name, digest in expected.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if checksum(folder / name) != digest:
-            return f"{name} is truncated or damaged"
-    return None
-
-
-def masters(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor] | None:
-    """The sharded weights by name; None where none are sharded and the model holds all there is."""
-    parameters = optimizer.param_groups[0]["params"]
-    if not isinstance(parameters[0], DTensor):
-        return None
-    return dict(zip((name for name, _ in policy.model.named_parameters()), parameters, strict=True))
-
-
-def load_weights(policy: Policy, folder: Path, sharded: dict[str, torch.Tensor] | None = None) -> None:
-    """Put a checkpoint's weights, or its adapter's, into the model in place, or into the sharded weights."""
-    try:
-        if (folder / "adapter_model.safetensors").is_file():
-            from peft import set_peft_model_state_dict
-
-            outcome = set_peft_model_state_dict(policy.model, load_file(folder / "adapter_model.safetensors"))
-            strange = outcome.unexpected_keys
-        else:
-            # Loaded as any checkpoint is, since the names in a file are not always those in the model.
-            weights = load_policy(str(folder)).model.state_dict()
-            strange = [] if sharded else policy.model.load_state_dict(weights).unexpected_keys
-            with torch.no_grad():
-                for name, parameter in (sharded or {}).items():
-                    parameter.copy_(part_of(weights[name], parameter))
-    except RuntimeError as error:
-        strange = [str(error).splitlines()[-1].strip()[:200]]
-    if strange:
-        raise SystemExit(f"checkpoint {folder}: weights of another model: {strange[0]}")
-
-
-def drop_lines_from(path: Path, step: int) -> None:
-    """Drop the lines of `step` and later, and a last line that was cut off: those steps will be done again."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] < step:
-                kept.append(line + "\n")
-    write(path, "".join(kept))

@@ -20,10 +20,11 @@ import tyro
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.data.examples import ahead
+from common.data.prompts import prefetch
 from common.model.load import Policy, encode_prompts, load_policy
 from common.model.sampling import decode, sample, uniform_numbers
-from common.model.scoring import Scorer, micro_batches, rows_of
+from common.model.scoring import Scorer
+from common.model.training import Batch, micro_batches
 from grpo import Args, group_advantages, policy_loss, token_weights
 
 
@@ -109,7 +110,7 @@ def measure(policy: Policy, options: Options) -> tuple[list[float], dict[str, fl
 
     images = [[Image.effect_noise((options.image,) * 2, 80).convert("RGB")] for _ in range(options.prompts)]
     draw = lambda step: encode_prompts(policy, messages * options.prompts, images)
-    for step, drawn in ahead(draw, range(options.steps + 1), in_thread=options.cuda):
+    for step, drawn in prefetch(draw, range(options.steps + 1), in_thread=options.cuda):
         start = now = time.perf_counter()
         prompts = drawn()
         now = mark("images", now)
@@ -120,14 +121,21 @@ def measure(policy: Policy, options: Options) -> tuple[list[float], dict[str, fl
         advantages = group_advantages(rewards, options.group, "group", 1e-4)
         now = mark("reward", now)
         mask, width = rollout.completion_mask, prompts.input_ids.shape[1]
-        for batch in micro_batches(mask, width, options.group, options.micro_batch_tokens):
-            own = rows_of(batch, options.group)
+        batch = Batch(
+            prompts=prompts,
+            ids=rollout.completion_ids,
+            completion_mask=mask,
+            advantages=advantages[:, None],
+            sampled_logprobs=rollout.old_logprobs,
+            trained=torch.ones(rows, dtype=torch.bool, device=device),
+        )
+        for mb in micro_batches(batch, options.group, options.micro_batch_tokens):
             with FlopCounterMode(display=False) if step == 0 else contextlib.nullcontext() as counter:
-                scores = scorer(prompts.select(batch), rollout.completion_ids[own], mask[own])
-                new, shared = scores.logprobs, advantages[own, None]
-                losses, _ = policy_loss(new, new.detach(), shared, mask[own], args)
-                (losses * token_weights(mask[own], "dapo", rows, int(mask.sum()), options.tokens)).sum().backward()
-            gap += (new.detach() - rollout.old_logprobs[own]).abs().sum()
+                new = scorer(mb.prompts, mb.ids, mb.completion_mask).logprobs
+                losses, _ = policy_loss(new, new.detach(), mb.advantages, mb.completion_mask, args)
+                weights = token_weights(mb.completion_mask, "dapo", rows, int(mask.sum()), options.tokens)
+                (losses * weights).sum().backward()
+            gap += (new.detach() - mb.sampled_logprobs).abs().sum()
             operations += counter.get_total_flops() if counter else 0
         now = mark("score", now)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

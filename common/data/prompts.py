@@ -1,0 +1,122 @@
+"""What the model reads: an example as a conversation, and the prompts that each step of a training draws."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from common.data.examples import Example, load_examples
+from common.model.load import Policy, Prompts, encode_prompts, process_images
+from common.rewards.designs import REQUEST
+
+T = TypeVar("T")
+TEMPLATE = "{question}\n\n{request}"
+
+
+def load_splits(args) -> tuple[Sequence[Example], Sequence[Example], Sequence[Example]]:
+    """The examples to train on, to evaluate on during training, and to test on before and after; empty where a script's
+    settings `args` ask for no such evaluation."""
+    columns = {name: getattr(args, name) for name in ("image_column", "question_column", "answer_column", "kind")}
+    draws = args.steps * args.prompts_per_step
+    train = load_examples(args.data, args.train_split, draws=draws, seed=args.seed, **columns)
+    held_out = load_examples(args.data, args.eval_split, limit=args.eval_examples, **columns) if args.eval_every else []
+    test = load_examples(args.data, args.test_split, limit=args.test_examples, **columns) if args.test_examples else []
+    return train, held_out, test
+
+
+def local_places(args, accelerator: Accelerator) -> list[int]:
+    """The places of this process's prompts among those of a step, for each optimizer step its share: an optimizer step
+    sees the same prompts on any number of processes."""
+    shares = torch.arange(args.prompts_per_step).view(args.updates_per_rollout, accelerator.num_processes, -1)
+    return shares[:, accelerator.process_index].flatten().tolist()
+
+
+def draw_prompts(
+    args, policy: Policy, train: Sequence[Example], step: int, places: list[int]
+) -> tuple[list[Example], Prompts]:
+    """The examples that stand at `places` of a step, a pure function of seed and step, and their prompts."""
+    indices = batch_indices(args.seed, step, args.prompts_per_step, len(train))
+    examples = [train[indices[place]] for place in places]
+    messages = [build_messages(example, args.prompt_template) for example in examples]
+    return examples, encode_prompts(policy, messages, [list(example.images) for example in examples])
+
+
+def replace_images(policy: Policy, prompts: Prompts, images: list[list[Image.Image]]) -> Prompts:
+    """The same prompts seeing other pictures of the same sizes: another view for teacher forcing.
+
+    Raises:
+        ValueError: the new pictures do not fill the same grids, so that the prompt's tokens would not fit them.
+    """
+    pixels, grids = process_images(policy, [image for row in images for image in row])
+    if not torch.equal(grids, prompts.image_grid_thw):
+        raise ValueError(f"the new images have grids {grids.tolist()}, the prompts {prompts.image_grid_thw.tolist()}")
+    return replace(prompts, pixel_values=None if pixels is None else pixels.to(policy.device))
+
+
+def build_messages(example: Example, template: str = TEMPLATE) -> list[dict]:
+    """The conversation that the model reads: one user message, pictures where the markers stand.
+
+    >>> build_messages(Example((), "How many?", "3"), "{question} Be brief.")
+    [{'role': 'user', 'content': [{'type': 'text', 'text': 'How many? Be brief.'}]}]
+    """
+    text = check_template(template).replace("{request}", REQUEST).replace("{question}", example.question)
+    content = []
+    for piece in re.split(r"(<image>)", text):
+        if piece == "<image>":
+            content.append({"type": "image"})
+        elif piece:
+            content.append({"type": "text", "text": piece})
+    return [{"role": "user", "content": content}]
+
+
+def check_template(template: str) -> str:
+    """The template with `\\n` typed on a command line made a line break.
+
+    Raises:
+        SystemExit: it has no place for the question, or one for pictures, which come with the question.
+    """
+    template = template.replace("\\n", "\n")
+    if "{question}" not in template or "<image>" in template:
+        raise SystemExit(f"--prompt-template {template!r}: must contain {{question}} and not <image>")
+    return template
+
+
+def batch_indices(seed: int, step: int, size: int, length: int) -> list[int]:
+    """Which examples step `step` draws: a pure function, so that a resumed run goes on where it stopped.
+
+    Steps walk through one random order of the set after another; within an epoch no example comes twice. A batch that
+    reaches over the end of an epoch takes its rest from the next.
+    """
+    indices = []
+    while len(indices) < size:
+        epoch, start = divmod(step * size + len(indices), length)
+        indices += epoch_order(seed, epoch, length)[start : start + size - len(indices)].tolist()
+    return indices
+
+
+def prefetch(work: Callable[[int], T], steps: range, in_thread: bool) -> Iterator[tuple[int, Callable[[], T]]]:
+    """Each step with a function that returns `work(step)`; in a thread the next step's work is done meanwhile.
+
+    Opening and processing images takes processor time that is free while a GPU trains. Where the processor itself
+    trains, a thread beside it would only slow both down.
+    """
+    if not in_thread:
+        yield from ((step, partial(work, step)) for step in steps)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        coming = [pool.submit(work, step) for step in steps[:1]]
+        for step in steps:
+            coming += [pool.submit(work, after) for after in steps[step - steps.start + 1 :][:1]]
+            yield step, coming.pop(0).result
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(length)

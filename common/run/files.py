@@ -1,0 +1,59 @@
+"""Files that are whole or not there, whatever happens while they are written."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+@contextlib.contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """A full disk or a folder that cannot be written ends the run with a line instead of a traceback."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # as torch.save and safetensors report a failed write
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise SystemExit(f"{what}: cannot be written ({reason}); checkpoints that are there stay") from None
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    """Add lines to a JSONL file; each is there before the next step begins."""
+    with one_line(str(path)), path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a whole file and wait until it is on the disk, or leave the old one."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    temporary.replace(path)
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def drop_lines_from(path: Path, step: int) -> None:
+    """Drop the lines of `step` and later, and a last line that was cut off: those steps will be done again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] < step:
+                kept.append(line + "\n")
+    write(path, "".join(kept))

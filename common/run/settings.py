@@ -1,0 +1,182 @@
+"""The settings that name a run, whatever the method: a script's `Args` extends `Settings` by what its method teaches.
+
+A flag's range stands in its type, as in `steps: Count`; what several flags have to be together is checked in
+`check_settings`, which a script calls before anything long starts and extends by its method's own checks.
+"""
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple, TypeVar, get_args, get_type_hints
+
+import torch
+import tyro
+
+from common.data.prompts import TEMPLATE, check_template
+from common.model.load import check_model
+from common.rewards.designs import check_markers, request_for
+
+T = TypeVar("T")
+
+
+class Range(NamedTuple):
+    """The values that a flag may have: finite numbers from `low` (or above it, where `open`) to `high`."""
+
+    low: float
+    high: float = math.inf
+    open: bool = False
+    ordered: bool = False  # several numbers, none below the one before
+
+    def __str__(self) -> str:
+        if self.high < math.inf and not self.open:
+            return f"from {self.low:g} to {self.high:g}"
+        upper = "" if self.high == math.inf else f" and at most {self.high:g}"
+        return f"{'above' if self.open else 'at least'} {self.low:g}{upper}"
+
+
+Natural = Annotated[int, Range(0)]
+Count = Annotated[int, Range(1)]
+Group = Annotated[int, Range(2)]
+Weight = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, open=True)]
+Share = Annotated[float, Range(0, 1)]
+PositiveShare = Annotated[float, Range(0, 1, open=True)]
+Bounds = Annotated[tuple[float, float], Range(0, ordered=True)]
+
+
+@dataclass
+class Settings:
+    """What a run trains, on what, for how long, and what it keeps."""
+
+    model: str = "tiny"  # built-in `tiny`, a folder, or a hub id of the Qwen2-VL, Qwen2.5-VL and Qwen3-VL families
+    lora_rank: Natural = 0  # train adapters of this rank instead of all weights (0: all weights)
+    max_pixels: Natural = 0  # bound on an image's area after resizing, in pixels (0: as the checkpoint says)
+    data: str = ""
+    """`puzzles`, a .jsonl or .parquet file, a folder, or a hub id (default: puzzles; geometry3k for a hub model)"""
+    train_split: str = "train"  # split to train on
+    eval_split: str = "validation"  # split for the evaluations during training
+    test_split: str = "test"  # split for the evaluations before and after training
+    image_column: str = ""  # column that holds the images (default: found by the usual names)
+    question_column: str = ""  # column that holds the question (default: found by the usual names)
+    answer_column: str = ""  # column that holds the answer (default: found by the usual names)
+    kind: str = ""  # how answers are checked: math, int, letter, ... (default: math for data sets that do not say)
+    prompt_template: str = TEMPLATE
+    """what the model reads; {question} is filled in, and {request} with what the reward asks for"""
+    reward: Literal[
+        "accuracy", "vanilla", "only_accuracy", "mixture", "continuous", "visual_fusion", "no_accuracy", "semantic"
+    ] = "accuracy"
+    """a right answer, tagged or boxed; or a design of common/rewards/designs.py"""
+    encoder: str = "sentence-transformers/all-mpnet-base-v2"
+    """sentence encoder of `--reward semantic`, a hub id or a folder"""
+    soft_punish_cache: Natural = 0
+    """completions that come within so many tokens of the length limit lose up to 1 (DAPO; 0: none)"""
+    top_p: PositiveShare = 1.0
+    """nucleus sampling; below 1 the sampled distribution is no longer the one that is trained"""
+    top_k: Natural = 0  # sample from the k likeliest tokens only (0: all), with the same caution
+    steps: Count = 300  # rollouts to train for
+    eval_every: Natural = 100  # steps between evaluations on `eval_split` (0: none)
+    eval_examples: Count = 200  # examples of an evaluation during training
+    test_examples: Natural = 500  # examples of the evaluations before and after training (0: none)
+    robust_examples: Natural = 0  # test examples of the table clean / seen / unseen before and after training (0: none)
+    save_every: Count = 100  # steps between checkpoints
+    keep_checkpoints: Count = 2  # newest checkpoints that are kept
+    out: str = ""  # run folder (default: runs/<script>-<model>-seed<seed>)
+    resume: str = ""  # run folder to continue
+    track: str = ""  # also log to tensorboard, wandb or trackio
+    seed: Natural = 1  # everything random is a function of this, the step and the row
+    micro_batch_tokens: Count = 16384
+    """tokens, prompts and padding included, of one forward and backward; lower it when memory runs out"""
+
+    def __post_init__(self):
+        """What was left open depends on the model."""
+        tiny = self.model == "tiny"
+        self.data = self.data or ("puzzles" if tiny else "hiyouga/geometry3k")
+        self.prompt_template = self.prompt_template.replace("{request}", request_for(self.reward, tiny))
+        usual = {"learning_rate": 3e-5 if tiny else 1e-6, "max_completion_length": 72 if tiny else 2048}
+        for name, value in usual.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+
+def launch(main: Callable[[T], object], settings: type[T]) -> None:
+    """Run a script's `main` with its settings from the command line."""
+    with memory_advice():
+        main(parse(settings))
+
+
+def parse(settings: type[T], arguments: list[str] | None = None) -> T:
+    """Settings from the command line. Those of the script come first in `--help`, in front of the inherited ones."""
+    fields, own = settings.__dataclass_fields__, settings.__annotations__
+    settings.__dataclass_fields__ = dict(sorted(fields.items(), key=lambda item: item[0] not in own))
+    description = (sys.modules[settings.__module__].__doc__ or "").split("\n\n")[0]
+    return tyro.cli(settings, args=arguments, description=description)
+
+
+def check_settings(args: Settings) -> None:
+    """Stop with one line where a flag is out of its range or flags contradict each other.
+
+    Raises:
+        SystemExit: names the flag and its value.
+    """
+    check_ranges(args)
+    check_model(args.model)
+    args.prompt_template = check_template(args.prompt_template)
+    if args.model != "tiny":
+        check_markers(args.reward, args.prompt_template)
+    if args.max_completion_length <= args.soft_punish_cache:
+        raise SystemExit(
+            f"--soft-punish-cache {args.soft_punish_cache}: must be below --max-completion-length "
+            f"{args.max_completion_length}, or every completion is punished"
+        )
+
+
+def check_ranges(args: object) -> None:
+    """Stop with one line where a flag of the dataclass `args` is out of the `Range` in its type. None is not checked.
+
+    Raises:
+        SystemExit: names the flag and its value.
+    """
+    classes = type(args).__mro__[:-1]  # a script that gives a setting another default keeps its range
+    hints = [pair for one in classes for pair in get_type_hints(one, include_extras=True).items()]
+    for name, hint in hints:
+        value = getattr(args, name)
+        for allowed in ranges_in(hint):
+            if value == ():
+                raise SystemExit(f"--{name.replace('_', '-')}: nothing stands behind it")
+            for number in value if isinstance(value, tuple) else (value,):
+                inside = number is None or (allowed.low <= number <= allowed.high and math.isfinite(number))
+                ordered = not allowed.ordered or list(value) == sorted(value)
+                if not inside or not ordered or (allowed.open and number == allowed.low):
+                    given = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                    each = "each must be" if isinstance(value, tuple) else "must be"
+                    finite = "" if math.isfinite(number) else ", and finite"
+                    order = ", in order" if allowed.ordered else ""
+                    raise SystemExit(f"--{name.replace('_', '-')} {given}: {each} {allowed}{finite}{order}")
+
+
+def ranges_in(hint: object) -> list[Range]:
+    """The ranges in a type and in what it is made of, as `tuple[Share, ...]` or `Count | None`."""
+    found = [part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Range)]
+    return found + [inner for part in get_args(hint) for inner in ranges_in(part)]
+
+
+# How running out of memory reads: as torch, the CUDA runtime or its libraries, and the CPU's allocator put it.
+OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory")
+TRAINING_ADVICE = (
+    "--micro-batch-tokens (scoring and update), --prompts-per-step (sampling), --max-completion-length or --group-size "
+    "(all of it) or --max-pixels (images), or train with --lora-rank"
+)
+
+
+@contextlib.contextmanager
+def memory_advice(advice: str = TRAINING_ADVICE) -> Iterator[None]:
+    """Out of memory ends in one line that names what to lower; saved checkpoints stay. Also a decorator."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = " ".join(str(error).split())
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(x in text for x in OUT_OF_MEMORY):
+            raise
+        raise SystemExit(f"out of memory: lower {advice} ({text[:160] or type(error).__name__})") from None
