@@ -19,11 +19,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from common.data.examples import Example, batch_indices, build_messages
+from common.data.examples import Example
+from common.data.prompts import batch_indices, build_messages, replace_images
 from common.model.layers import precision
-from common.model.load import Policy, Prompts, encode_prompts, load_policy, replace_images, save_policy
+from common.model.load import Policy, Prompts, encode_prompts, load_policy, save_policy
 from common.model.sampling import Decoder, Rollout, can_record, decode, sample, uniform_numbers
-from common.model.scoring import Scorer, micro_batches, rows_of
+from common.model.scoring import Scorer
+from common.model.training import cut_by_tokens, rows_of
 from common.rewards.answers import check, extract, score
 from common.rewards.designs import design_rewards
 from common.run.doctor import endings_of
@@ -271,7 +273,8 @@ def comparison_remarks(args, policy, scorer, examples, rollout: Rollout, say) ->
     def scores(prompts: Prompts) -> torch.Tensor:
         """Log-probabilities [tokens] of all completions, a few prompts at a time."""
         parts = []
-        for batch in micro_batches(mask, prompts.input_ids.shape[1], 1, args.micro_batch_tokens):
+        width = prompts.input_ids.shape[1]
+        for batch in cut_by_tokens(mask.sum(1).tolist(), width, 1, args.micro_batch_tokens):
             parts.append((batch, scorer(prompts.select(batch), ids[batch], mask[batch], args.temperature).logprobs))
         order = torch.tensor([n for batch, _ in parts for n in batch], device=ids.device).argsort()
         return torch.cat([logprobs for _, logprobs in parts])[order][mask]
@@ -364,7 +367,7 @@ def dry_step(args, scorer: Scorer, optimizer, train: Sequence[Example], processe
     for length in (args.max_completion_length, 1):
         mask = torch.ones(len(prompts) * size, length, dtype=torch.bool, device=policy.device)
         width = prompts.input_ids.shape[1]
-        batch = max(micro_batches(mask, width, size, args.micro_batch_tokens), key=len)
+        batch = max(cut_by_tokens([length] * len(prompts), width, size, args.micro_batch_tokens), key=len)
         own = rows_of(batch, size)
         scores = scorer(prompts.select(batch), ids[own, :length], mask[own], args.temperature)
         (0 * scores.logprobs.sum()).backward()

@@ -17,6 +17,7 @@ import tyro
 from common.data.prompts import TEMPLATE, check_template
 from common.model.load import check_model
 from common.rewards.designs import check_markers, request_for
+from common.run.progress import close_bars
 
 T = TypeVar("T")
 
@@ -85,6 +86,7 @@ class Settings:
     out: str = ""  # run folder (default: runs/<script>-<model>-seed<seed>)
     resume: str = ""  # run folder to continue
     track: str = ""  # also log to tensorboard, wandb or trackio
+    preflight: bool = True  # before the first step check that everything fits together, and that there is a signal
     seed: Natural = 1  # everything random is a function of this, the step and the row
     micro_batch_tokens: Count = 16384
     """tokens, prompts and padding included, of one forward and backward; lower it when memory runs out"""
@@ -102,8 +104,11 @@ class Settings:
 
 def launch(main: Callable[[T], object], settings: type[T]) -> None:
     """Run a script's `main` with its settings from the command line."""
-    with memory_advice():
-        main(parse(settings))
+    try:
+        with memory_advice():
+            main(parse(settings))
+    finally:
+        close_bars()  # a last line of error begins a line
 
 
 def parse(settings: type[T], arguments: list[str] | None = None) -> T:
