@@ -247,6 +247,7 @@ def main(args: Args) -> dict:
     train, held_out, test = fitting_prompts(args, policy, splits)
     check_tokenizer(args.reward, policy.tokenizer)
     first_step = run.restore(policy, optimizer)
+    run.preflight(policy, scorer, optimizer, train)
     evaluations = Evaluations(args, run, policy, held_out, test)
     places = local_places(args, accelerator)  # of this process's prompts among the step's N
     numbers = rows_of(places, args.group_size)  # of their rows among the step's R
@@ -370,8 +371,7 @@ def main(args: Args) -> dict:
         # === Log ===
         metrics = {**meter.reduce(), "lr": args.learning_rate}
         run.log(step, metrics | evaluations.during(step + 1))
-        group = slice(args.group_size)
-        run.show(step, asked[0], completions[group], reward=rewards[group], advantage=advantages[group])
+        run.show(step, asked, rollout, completions, scored.terms, rewards, advantages, focus=focus["cosine"])
 
         # === Save ===
         if run.save_when_due(step + 1, policy, optimizer):

@@ -24,7 +24,7 @@ def one_step(script, monkeypatch, folder, correct: list, rewards: list, **settin
     monkeypatch.setattr(script, "reward_completions", lambda *a: reward(*a)._replace(**given))
     args = script.Args(
         steps=1, prompts_per_step=3, group_size=4, max_completion_length=40, seed=5, test_examples=0, eval_every=0,
-        out=str(folder / "run"), **settings,
+        preflight=False, out=str(folder / "run"), **settings,
     )  # fmt: skip
     script.main(args)
     metrics = json.loads((folder / "run" / "metrics.jsonl").read_text())

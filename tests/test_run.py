@@ -36,6 +36,10 @@ class Args:
     keep_checkpoints: int = 2
     save_every: int = 1
     learning_rate: float = 1e-3
+    prompts_per_step: int = 1
+    group_size: int = 2
+    eval_every: int = 0
+    eval_examples: int = 200
 
 
 def new_run(folder, **kwargs) -> Run:
@@ -202,26 +206,25 @@ def test_lines_of_steps_that_will_be_done_again_are_dropped(tmp_path):
 
 def test_no_step_stands_twice_after_a_resumption(tmp_path):
     policy, optimizer = policy_and_optimizer()
-    figures = {"reward": torch.tensor([1.0, 1.0]), "advantage": torch.tensor([0.5, 0.5])}
-    shown = (Example((), "\u2028 三?", "3"), ["3", "3"])
+    shown = [Example((), "\u2028 三?", "3")], None, ["3", "3"], {}, torch.ones(2), torch.ones(2)
     run = new_run(tmp_path / "run")
     for step in range(5):  # killed in the fifth step, after a checkpoint at the third
         run.log(step, LINE)
-        run.show(step, *shown, **figures)
+        run.show(step, *shown)
         if step == 2:
             run.save(step + 1, policy, optimizer)
     run = new_run(tmp_path / "run", resume=str(tmp_path / "run"))
     for step in range(run.restore(policy, optimizer), 6):
         run.log(step, LINE)
-        run.show(step, *shown, **figures)
+        run.show(step, *shown)
     for name, rows in (("metrics.jsonl", 1), ("completions.jsonl", 2)):
         lines = (tmp_path / "run" / name).read_text().strip("\n").split("\n")
         assert [json.loads(line)["step"] for line in lines] == [s for s in range(6) for _ in range(rows)]
 
 
 def test_a_completion_is_printed_readably(tmp_path, capsys):
-    example, figures = Example((), "How many?", "2"), {"reward": torch.tensor([1.0]), "advantage": torch.tensor([0.5])}
-    new_run(tmp_path / "run").show(0, example, ["<think>two</think>"], **figures)
+    asked, rewards, advantages = [Example((), "How many?", "2")], torch.tensor([1.0]), torch.tensor([0.5])
+    new_run(tmp_path / "run").show(0, asked, None, ["<think>two</think>"], {}, rewards, advantages)
     said = capsys.readouterr().out
     assert "step 1, reward 1.00, advantage +0.50, answer 2\nHow many?\n<think>two</think>" in said
 

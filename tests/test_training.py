@@ -20,7 +20,7 @@ from tests.train_worker import record
 
 ROOT = Path(__file__).parents[1]
 # Small and quick, yet with groups of mixed rewards.
-QUICK = "--prompts-per-step 4 --group-size 4 --steps 2 --eval-every 0 --test-examples 0 --seed 3".split()
+QUICK = "--prompts-per-step 4 --group-size 4 --steps 2 --eval-every 0 --test-examples 0 --seed 3 --no-preflight".split()
 
 
 SCRIPTS = ("grpo", "noisy_grpo", "vgpo", "vppo", "roma")

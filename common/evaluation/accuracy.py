@@ -14,6 +14,7 @@ from common.model.load import Policy, encode_prompts
 from common.model.sampling import decode, sample, uniform_numbers
 from common.model.scoring import Scorer
 from common.rewards.answers import score
+from common.run.progress import counted
 
 
 def evaluate(
@@ -28,10 +29,12 @@ def evaluate(
     seed: int = 0,
     corruption: tuple[str, int] | None = None,
     accelerator=None,
+    name: str = "evaluating",
 ) -> dict:
     """Answer every example `samples` times, with pictures corrupted by name and severity if asked; check the answers.
 
-    With an accelerator of several processes each takes every W-th example and all return the same result:
+    `name` stands beside the progress. With an accelerator of several processes each takes every W-th example and all
+    return the same result:
     accuracy, ci_low, ci_high, count, mean_length, truncated, groups (the same figures a group) and rows.
 
     Raises:
@@ -45,7 +48,10 @@ def evaluate(
     order = sorted(range(len(examples)), key=lambda n: -sizes[n])
     mine = order[accelerator.process_index if accelerator else 0 :: processes]
     rows = []
-    for start in range(0, len(mine), batch_prompts):
+    starts = range(0, len(mine), batch_prompts)
+    if not accelerator or accelerator.is_main_process:
+        starts = counted(starts, len(examples), name, batch_prompts * processes)
+    for start in starts:
         numbers = mine[start : start + batch_prompts]
         batch = [examples[n] for n in numbers]
         pictures = [list(e.images) for e in batch]

@@ -40,7 +40,7 @@ def robustness(
         cell = f"{name}/{severity}"
         if cell not in cells:
             corruption = (name, severity) if severity else None
-            rows = evaluate(policy, examples, corruption=corruption, **options)["rows"]
+            rows = evaluate(policy, examples, corruption=corruption, name=cell, **options)["rows"]
             cells[cell] = [sum(row["correct"]) / len(row["correct"]) for row in rows]
             keep(cells)
     return cells

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
@@ -38,6 +38,23 @@ LORA_TARGETS = r".*language_model\.layers\..*\.(q|k|v|o|gate|up|down)_proj"
 
 
 @dataclass
+class Work:
+    """What a policy's forwards have done; counts of tokens stay on the device until they are read."""
+
+    forwards: int = 0  # of prompts, of completions behind them, or of both
+    images: int = 0  # pictures that went through the vision tower
+    decode_steps: int = 0  # tokens that all rows being sampled took a step for
+    sampled_tokens: int | torch.Tensor = 0
+    scored_tokens: int | torch.Tensor = 0  # without those of copies
+    rows: int = 0  # completions that were to be scored
+    repeated_rows: int = 0  # of them copies of another, which cost nothing
+
+    def clear(self) -> None:
+        """Count anew."""
+        self.__init__()
+
+
+@dataclass
 class Policy:
     """A model and what belongs to it. `banned` [V] bool marks what is never sampled nor scored: vision tokens and the
     rows of the output head behind the tokenizer's last token. `end_token_ids` are all tokens that end a completion."""
@@ -47,6 +64,7 @@ class Policy:
     image_processor: object
     end_token_ids: list[int]
     banned: torch.Tensor
+    work: Work = field(default_factory=Work)
 
     @property
     def device(self) -> torch.device:

@@ -145,6 +145,9 @@ def sample(
     lengths = torch.where(ended, is_end.int().argmax(1) + 1, max_new_tokens)  # [R]
     longest = int(lengths.max())
     mask = torch.arange(longest, device=device) < lengths[:, None]  # [R, T]
+    work = policy.work
+    work.forwards, work.images = work.forwards + 1, work.images + len(prompts.image_grid_thw)
+    work.decode_steps, work.sampled_tokens = work.decode_steps + longest, work.sampled_tokens + lengths.sum()
     ids = ids[:, :longest].masked_fill(~mask, policy.tokenizer.pad_token_id)
     return Rollout(ids, mask, logprobs[:, :longest] * mask, ended)
 

@@ -89,6 +89,10 @@ class Scorer(torch.nn.Module):
             completion_ids, completion_mask, place = completion_ids[first], completion_mask[first], place[first]
         if several or prompt_of_row is not None:
             spread = partial(torch.index_select, dim=0, index=place)
+        work = policy.work
+        work.forwards, work.images = work.forwards + 1, work.images + len(prompts.image_grid_thw)
+        work.rows, work.repeated_rows = work.rows + len(copy_of), work.repeated_rows + len(copy_of) - len(first)
+        work.scored_tokens = work.scored_tokens + completion_mask.sum()
         with policy.autocast():
             prefix = forward_prompts(model, prompts, self.gradient_checkpointing)
             size = max(1, self.slice_tokens // completion_ids.shape[1])

@@ -40,7 +40,9 @@ def prepare(args, accelerator: Accelerator) -> tuple[Policy, torch.nn.Module, Ca
                 return scorer(*rows)
 
     elif args.kl_coef:
-        reference = Scorer(load_policy(args.model, device=device, max_pixels=args.max_pixels, trainable=False))
+        frozen = load_policy(args.model, device=device, max_pixels=args.max_pixels, trainable=False)
+        frozen.work = policy.work
+        reference = Scorer(frozen)
     return policy, trained_scorer, reference, optimizer
 
 

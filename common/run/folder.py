@@ -4,6 +4,9 @@ or a tensor file that is read without running code.
     args.json          what the run was started with
     metrics.jsonl      a line a step
     completions.jsonl  some completions of each step
+    remarks.jsonl      what preflight and doctor have found
+    pictures/          small copies of the pictures of some steps
+    index.html         all of it as a page, written anew as the run goes
     evaluations/       evaluations before and after training, every answer kept
     checkpoints/       step-000100/ and the like, in Hugging Face format, with the optimizer's state beside the weights
     learning_curve.png, summary.json   at the end
@@ -17,7 +20,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,19 +28,26 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
-from tqdm import tqdm
 
+from common.data.examples import Example
 from common.model.load import Policy
 from common.model.processes import end_processes, start_processes, whole
+from common.model.sampling import Rollout
 from common.run.checkpoints import drop_old, load_checkpoint, masters, newest_whole, write_checkpoint
+from common.run.doctor import Doctor, endings_of
 from common.run.files import append, drop_lines_from, one_line, write
 from common.run.meter import Meter
+from common.run.page import keep_pictures, read_lines, write_page
 from common.run.plot import plot_learning_curve
+from common.run.preflight import preflight
+from common.run.progress import Progress, step_text
 
 BAD_STEPS_IN_A_ROW = 5
+PICTURED = 20  # steps of a run whose completions are kept with pictures, and shown on the page
+PAGE_EVERY = 60.0  # seconds after which the page is written anew, whatever the step
 # What may change between a run and its continuation; anything else would make it another run.
 MAY_CHANGE = {"resume", "out", "steps", "track", "save_every", "keep_checkpoints", "micro_batch_tokens"}
-MAY_CHANGE |= {"eval_every", "eval_examples"}
+MAY_CHANGE |= {"eval_every", "eval_examples", "preflight"}
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -78,8 +88,10 @@ class Run:
         self.folder = Path(args.resume or args.out or f"runs/{script}-{model}-seed{args.seed}")
         self.bad_steps = self.bad_in_a_row = 0
         self.stop_requested = False
-        self.bar = None
+        self.progress = Progress(0, name="loading") if self.main else None
+        self.meter.begin = self.begin_step
         self.settings = {**asdict(args), "script": script}
+        self.doctor, self.first_step, self.page_written = Doctor(self.settings), 0, time.monotonic()
         if args.track and args.track not in TRACKERS:
             raise SystemExit(f"--track {args.track}: not one of {', '.join(TRACKERS)}")
         if args.track and find_spec(args.track) is None:
@@ -171,42 +183,73 @@ class Run:
         self.accelerator.wait_for_everyone()
         return result
 
+    def begin_step(self) -> None:
+        """The bar is there from the first step on, so that the rate is that of training."""
+        if self.main and self.progress is None:
+            self.progress = Progress(self.args.steps, self.first_step, leave=True)
+        if self.main:
+            self.progress.phase("this step")
+
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl, the trackers, and the progress bar. NaN and infinity are written as null."""
+        """One line of metrics.jsonl, the trackers, the progress bar, and what the doctor says. NaN and infinity are
+        written as null."""
         if not self.main:
             return
-        if self.bar is None:
-            # Started at the first step, so that the rate is that of training.
-            self.bar = tqdm(total=self.args.steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout)
         finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
         append(self.folder / "metrics.jsonl", [{"step": step, **dict.fromkeys(metrics), **finite}])
         if self.args.track:
             self.accelerator.log(finite, step=step)
-        self.bar.set_postfix_str(
-            f"reward {metrics['reward']:.3f}, length {metrics['completions/mean_length']:.1f}, "
-            f"entropy {metrics['entropy']:.3f}, {metrics['tokens_per_second']:.0f} tokens/s",
-            refresh=False,
-        )
-        self.bar.update()
+        if self.progress:
+            self.progress.update(text=step_text(metrics))
         if "eval/accuracy" in metrics:
-            tqdm.write(f"step {step + 1}: held-out accuracy {100 * metrics['eval/accuracy']:.1f} %", file=sys.stdout)
+            self.say(f"step {step + 1}: held-out accuracy {100 * metrics['eval/accuracy']:.1f} %")
+        self.remark(self.doctor.examine(step, metrics))
 
-    def show(self, step: int, example, completions: list[str], **figures: torch.Tensor) -> None:
-        """Keep the completions of one prompt with a figure each; print one now and then, so that a person sees what the
-        model writes."""
+    def show(
+        self,
+        step: int,
+        asked: Sequence[Example],
+        rollout: Rollout,
+        completions: list[str],
+        terms: dict[str, list[float]],
+        rewards: torch.Tensor,
+        advantages: torch.Tensor,
+        **of_tokens: torch.Tensor,
+    ) -> None:
+        """Keep the completions of the step's first prompt with their rewards [R], advantages [R], terms of the reward,
+        and what a method finds out about tokens [R, T]; print one now and then, so that a person sees what the model
+        writes."""
         if not self.main:
             return
-        columns = zip(completions, *(values.tolist() for values in figures.values()), strict=True)
-        asked = {"question": example.question, "answer": example.answer}
-        rows = [asked | {"completion": text, **dict(zip(figures, row, strict=True))} for text, *row in columns]
-        append(self.folder / "completions.jsonl", [{"step": step, **row} for row in rows])
+        self.doctor.endings.update(endings_of(completions))
+        example, evaluated = asked[0], self.args.eval_every and (step + 1) % self.args.eval_every == 0
+        pictured = evaluated or step % max(1, self.args.steps // PICTURED) == 0 or step + 1 == self.args.steps
+        rows = []
+        for r, text in enumerate(completions[: self.args.group_size]):
+            row = {"step": step, "question": example.question, "completion": text, "answer": example.answer}
+            row |= {"reward": float(rewards[r]), "advantage": float(advantages[r])}
+            row |= {"terms": {name: values[r] for name, values in terms.items()}} if terms else {}
+            for name, values in of_tokens.items() if pictured else ():
+                if values[r].any():  # else the row was not scored
+                    inside = rollout.completion_mask[r]
+                    ids = rollout.completion_ids[r][inside].tolist()
+                    row |= {"tokens": [self.tokenizer.decode([token]) for token in ids]}
+                    row |= {name: [round(x, 4) for x in values[r][inside].tolist()]}
+            rows.append(row)
+        if pictured:
+            with one_line(str(self.folder / "pictures")):
+                names = keep_pictures(self.folder, step, example.images)
+            rows = [row | {"pictures": names} for row in rows]
+        append(self.folder / "completions.jsonl", rows)
         if step % max(1, self.args.steps // 5) == 0:
             row = rows[0]  # not the best one, which would flatter the model
-            tqdm.write(
+            self.say(
                 f"--- step {step + 1}, reward {row['reward']:.2f}, advantage {row['advantage']:+.2f}, "
-                f"answer {row['answer']}\n{row['question']}\n{row['completion']}\n---",
-                file=sys.stdout,
+                f"answer {row['answer']}\n{row['question']}\n{row['completion']}\n---"
             )
+        if pictured or time.monotonic() - self.page_written > PAGE_EVERY:
+            write_page(self.folder)
+            self.page_written = time.monotonic()
 
     def check_gradients(self, grad_norm: torch.Tensor) -> bool:
         """False where the gradient is not finite: the step is to be skipped.
@@ -258,13 +301,47 @@ class Run:
             step, self.bad_steps = state["step"], state["non_finite_gradients"]
         self.accelerator.wait_for_everyone()  # lines are dropped when all processes have their weights
         if self.main and self.args.resume:
-            print(f"continuing {self.folder} at step {step}", flush=True)
+            self.say(f"continuing {self.folder} at step {step}")
             with one_line(str(self.folder)):
-                for name in ("metrics.jsonl", "completions.jsonl"):
+                for name in ("metrics.jsonl", "completions.jsonl", "remarks.jsonl"):
                     drop_lines_from(self.folder / name, step)
         if self.args.track:
             self.start_tracker(step)
+        self.tokenizer, self.meter.work = policy.tokenizer, policy.work
+        if self.main:
+            self.close_bar()
+            known = (read_lines(self.folder / name) for name in ("metrics.jsonl", "remarks.jsonl"))
+            self.doctor = Doctor(self.settings, *known)
+        self.first_step = step
         return step
+
+    def preflight(
+        self, policy: Policy, scorer: torch.nn.Module, optimizer: torch.optim.Optimizer, train: Sequence[Example]
+    ) -> None:
+        """Check a new run before anything long begins; see `common/run/preflight.py`."""
+        if self.args.preflight and self.first_step == 0:
+            self.progress = Progress(0, name="checking the set-up") if self.main else None
+            scorer, processes = getattr(scorer, "module", scorer), self.accelerator.num_processes
+            say = self.say if self.main else (lambda line: None)
+            self.remark(preflight(self.args, policy, scorer, optimizer, train, self.folder, processes, say))
+            self.close_bar()
+
+    def remark(self, found: list[dict]) -> None:
+        """Say and keep what preflight or doctor has found."""
+        if self.main and found:
+            for remark in found:
+                self.say(f"\n! {remark['rule'].replace('_', ' ')}: {remark['text']}\n")
+            self.doctor.remarks += [remark for remark in found if remark not in self.doctor.remarks]
+            append(self.folder / "remarks.jsonl", found)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self.progress.say(text) if self.progress else print(text, flush=True)
+
+    def close_bar(self) -> None:
+        if self.progress:
+            self.progress.close()
+        self.progress = None
 
     # --- the end
 
@@ -284,19 +361,19 @@ class Run:
         if self.main:
             print(table, end="\n" if table else "")
             summary = {name: {k: v for k, v in r.items() if k != "rows"} for name, r in results.items()}
-            summary["non_finite_gradients"] = self.bad_steps
+            summary |= {"non_finite_gradients": self.bad_steps, "remarks": self.doctor.remarks}
             with one_line(str(self.folder)):
                 write(self.folder / "summary.json", json.dumps(summary, indent=1))
                 for name, result in results.items():
                     write(self.folder / "evaluations" / f"{name}.json", json.dumps(result, indent=1))
                 plot_learning_curve(self.folder)
-            print(f"run folder: {self.folder}")
+            write_page(self.folder)
+            print(f"run folder: {self.folder}, its page: {self.folder / 'index.html'}")
         return results
 
     def close(self) -> None:
         """End progress bar, tracker and process group; signals do again what they did before the run."""
-        if self.bar:
-            self.bar.close()
+        self.close_bar()
         end_processes(self.accelerator)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)

@@ -1,12 +1,16 @@
 """What a step measures: sums over micro-batches, made means over all processes once a step."""
 
 import math
+import resource
+import sys
 import time
 from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+
+from common.model.load import Work
 
 
 class Meter:
@@ -20,12 +24,16 @@ class Meter:
         self.accelerator = accelerator
         self.means: dict[str, list] = {}  # name -> [sum of values, number of values], both of this process and step
         self.totals: dict[str, object] = {}
+        self.work = Work()  # of the policy that is trained, once there is one
+        self.begin = lambda: None  # called when a step begins
         self.start()
 
     def start(self) -> None:
         """A step begins: its time runs from here."""
         self.seconds: dict[str, float] = {}
         self.started = self.lapped = time.perf_counter()
+        self.work.clear()  # what evaluations have done since the last step is not the step's
+        self.begin()
 
     def add(self, name: str, values: torch.Tensor | Sequence[float] | float, mask: torch.Tensor | None = None) -> None:
         """Count values into the mean `name`: a tensor's, those inside `mask` (bool, of the same shape), or numbers.
@@ -89,6 +97,8 @@ class Meter:
 
     def reduce(self) -> dict[str, float]:
         """The step's figures over all processes, and the seconds of this one in it and in each phase."""
+        for name, value in vars(self.work).items():
+            self.total(f"cost/{name}", value)
         means, totals = list(self.means), list(self.totals)
         if self.accelerator.num_processes > 1:
             named = gather_object([(means, totals)])
@@ -106,6 +116,14 @@ class Meter:
         seconds = time.perf_counter() - self.started
         figures |= {"tokens_per_second": pairs["completions/mean_length"][0] / seconds, "seconds": seconds}
         figures |= {f"seconds/{phase}": spent for phase, spent in self.seconds.items()}
+        figures["memory_gib"] = peak_memory(device) / 2**30
         self.means = {name: [0.0, 0.0] for name in means}
         self.totals = dict.fromkeys(totals, 0.0)
         return figures
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held so far: of the GPU's memory, or, without one, of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -93,7 +93,7 @@ def plot_learning_curve(folder: Path) -> None:
     for axis, name, label in zip(
         axes, ("reward", "completions/mean_length", "entropy"), ("mean reward", "tokens", "nats a token"), strict=True
     ):
-        values = [float("nan") if line[name] is None else line[name] for line in lines]
+        values = [float("nan") if line.get(name) is None else line[name] for line in lines]
         axis.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
         axis.plot(steps, smooth(values), color="tab:blue", label={"reward": "training reward"}.get(name))
         axis.set_xlabel(f"step (dark line: mean of {2 * HALF + 1} around it)")

@@ -18,6 +18,7 @@ from common.data.messages import TEMPLATE, check_template
 from common.model.load import check_model
 from common.model.memory import Plan, Work, find_shape, parse_machine, plan
 from common.rewards.designs import check_markers, request_for
+from common.run.progress import close_bars
 
 T = TypeVar("T")
 
@@ -89,6 +90,7 @@ class Settings:
     out: str = ""  # run folder (default: runs/<script>-<model>-seed<seed>)
     resume: str = ""  # run folder to continue
     track: str = ""  # also log to tensorboard, wandb or trackio
+    preflight: bool = True  # before the first step check that everything fits together, and that there is a signal
     seed: Natural = 1  # everything random is a function of this, the step and the row
     slots: Natural = 0  # rows decoded at a time, which bounds the memory of sampling (0: all)
     offload_optimizer: bool = False
@@ -110,8 +112,11 @@ class Settings:
 
 def launch(main: Callable[[T], object], settings: type[T]) -> None:
     """Run a script's `main` with its settings from the command line."""
-    with memory_advice():
-        main(parse(settings))
+    try:
+        with memory_advice():
+            main(parse(settings))
+    finally:
+        close_bars()  # a last line of error begins a line
 
 
 def parse(settings: type[T], arguments: list[str] | None = None) -> T:
