@@ -226,9 +226,8 @@ def measure_focus(meter, focus: dict[str, torch.Tensor], batch: Batch, right: to
     meter.add("focus", focus["cosine"], mask)
     meter.add("focus/negative", focus["cosine"] < 0, mask)
     meter.add("focus/gated", focus["gate"], mask)
-    for name, rows in (("right", right[:, None]), ("wrong", ~right[:, None])):
-        meter.add(f"focus/{name}/early", focus["cosine"], mask & rows & ~late)
-        meter.add(f"focus/{name}/late", focus["cosine"], mask & rows & late)
+    meter.add_rows([f"focus/{'right' if r else 'wrong'}/early" for r in right.tolist()], focus["cosine"], mask & ~late)
+    meter.add_rows([f"focus/{'right' if r else 'wrong'}/late" for r in right.tolist()], focus["cosine"], mask & late)
     meter.extremes("focus/factor_min", "focus/factor_max", focus["factor"][mask])
     meter.correlate("focus/length_correlation", focus["weight"].sum(1)[trained], lengths[trained], group_size)
 
@@ -241,7 +240,7 @@ def main(args: Args) -> dict:
     check(args)
     run = start_run(args, Path(__file__).stem)
     accelerator, meter, device = run.accelerator, run.meter, run.accelerator.device
-    limit = args.max_completion_length
+    limit, sampling = args.max_completion_length, (args.temperature, args.top_p, args.top_k, args.slots)
     splits = load_splits(args)
     policy, scorer, reference, optimizer = prepare(args, accelerator)
     train, held_out, test = fitting_prompts(args, policy, splits)
@@ -262,17 +261,7 @@ def main(args: Args) -> dict:
         meter.start()
         examples, prompts = drawn()
         uniforms = uniform_numbers(args.seed, step, numbers, limit)  # [R, T] in [0, 1)
-        rollout = sample(
-            policy,
-            prompts,
-            args.group_size,
-            limit,
-            uniforms,
-            args.temperature,
-            args.top_p,
-            top_k=args.top_k,
-            slots=args.slots,
-        )
+        rollout = sample(policy, prompts, args.group_size, limit, uniforms, *sampling)
         ids, completion_mask = rollout.completion_ids, rollout.completion_mask  # [R, T]
         completions = decode(policy, rollout)
         meter.add("completions/mean_length", completion_mask.sum(1))
@@ -366,12 +355,13 @@ def main(args: Args) -> dict:
                 meter.add("grad_norm", float(grad_norm))
             optimizer.zero_grad()
         measure_focus(meter, focus, batch, accuracy == 1, args.group_size)
+        batch.focus = focus["cosine"]
         meter.lap("update")
 
         # === Log ===
         metrics = {**meter.reduce(), "lr": args.learning_rate}
         run.log(step, metrics | evaluations.during(step + 1))
-        run.show(step, asked, rollout, completions, scored.terms, rewards, advantages, focus=focus["cosine"])
+        run.show(step, asked, rollout, completions, scored.terms, rewards, advantages, batch)
 
         # === Save ===
         if run.save_when_due(step + 1, policy, optimizer):

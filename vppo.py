@@ -255,7 +255,7 @@ def main(args: Args) -> dict:
     check(args)
     run = start_run(args, Path(__file__).stem)
     accelerator, meter, device = run.accelerator, run.meter, run.accelerator.device
-    limit = args.max_completion_length
+    limit, sampling = args.max_completion_length, (args.temperature, args.top_p, args.top_k, args.slots)
     splits = load_splits(args)
     policy, scorer, reference, optimizer = prepare(args, accelerator)
     train, held_out, test = fitting_prompts(args, policy, splits)
@@ -276,17 +276,7 @@ def main(args: Args) -> dict:
         meter.start()
         examples, prompts = drawn()
         uniforms = uniform_numbers(args.seed, step, numbers, limit)  # [R, T] in [0, 1)
-        rollout = sample(
-            policy,
-            prompts,
-            args.group_size,
-            limit,
-            uniforms,
-            args.temperature,
-            args.top_p,
-            top_k=args.top_k,
-            slots=args.slots,
-        )
+        rollout = sample(policy, prompts, args.group_size, limit, uniforms, *sampling)
         ids, completion_mask = rollout.completion_ids, rollout.completion_mask  # [R, T]
         completions = decode(policy, rollout)
         meter.add("completions/mean_length", completion_mask.sum(1))
@@ -393,7 +383,7 @@ def main(args: Args) -> dict:
         # === Log ===
         metrics = {**meter.reduce(), "lr": args.learning_rate}
         run.log(step, metrics | evaluations.during(step + 1))
-        run.show(step, asked, rollout, completions, scored.terms, rewards, advantages, dependency=batch.dependency)
+        run.show(step, asked, rollout, completions, scored.terms, rewards, advantages, batch)
 
         # === Save ===
         if run.save_when_due(step + 1, policy, optimizer):

@@ -206,7 +206,7 @@ def test_lines_of_steps_that_will_be_done_again_are_dropped(tmp_path):
 
 def test_no_step_stands_twice_after_a_resumption(tmp_path):
     policy, optimizer = policy_and_optimizer()
-    shown = [Example((), "\u2028 三?", "3")], None, ["3", "3"], {}, torch.ones(2), torch.ones(2)
+    shown = [Example((), "\u2028 三?", "3")], None, ["3", "3"], {}, torch.ones(2), torch.ones(2), None
     run = new_run(tmp_path / "run")
     for step in range(5):  # killed in the fifth step, after a checkpoint at the third
         run.log(step, LINE)
@@ -224,7 +224,7 @@ def test_no_step_stands_twice_after_a_resumption(tmp_path):
 
 def test_a_completion_is_printed_readably(tmp_path, capsys):
     asked, rewards, advantages = [Example((), "How many?", "2")], torch.tensor([1.0]), torch.tensor([0.5])
-    new_run(tmp_path / "run").show(0, asked, None, ["<think>two</think>"], {}, rewards, advantages)
+    new_run(tmp_path / "run").show(0, asked, None, ["<think>two</think>"], {}, rewards, advantages, None)
     said = capsys.readouterr().out
     assert "step 1, reward 1.00, advantage +0.50, answer 2\nHow many?\n<think>two</think>" in said
 

@@ -33,6 +33,7 @@ from common.data.examples import Example
 from common.model.load import Policy
 from common.model.processes import end_processes, start_processes, whole
 from common.model.sampling import Rollout
+from common.model.training import Batch
 from common.run.checkpoints import drop_old, load_checkpoint, masters, newest_whole, write_checkpoint
 from common.run.doctor import Doctor, endings_of
 from common.run.files import append, drop_lines_from, one_line, write
@@ -214,11 +215,11 @@ class Run:
         terms: dict[str, list[float]],
         rewards: torch.Tensor,
         advantages: torch.Tensor,
-        **of_tokens: torch.Tensor,
+        batch: Batch,
     ) -> None:
         """Keep the completions of the step's first prompt with their rewards [R], advantages [R], terms of the reward,
-        and what a method finds out about tokens [R, T]; print one now and then, so that a person sees what the model
-        writes."""
+        and what a method found out about tokens, `dependency` or `focus` [R, T] of `batch`; print one now and then, so
+        that a person sees what the model writes."""
         if not self.main:
             return
         self.doctor.endings.update(endings_of(completions))
@@ -229,8 +230,9 @@ class Run:
             row = {"step": step, "question": example.question, "completion": text, "answer": example.answer}
             row |= {"reward": float(rewards[r]), "advantage": float(advantages[r])}
             row |= {"terms": {name: values[r] for name, values in terms.items()}} if terms else {}
-            for name, values in of_tokens.items() if pictured else ():
-                if values[r].any():  # else the row was not scored
+            for name in ("dependency", "focus") if pictured else ():
+                values = getattr(batch, name, None)
+                if values is not None and values[r].any():  # else the row was not scored
                     inside = rollout.completion_mask[r]
                     ids = rollout.completion_ids[r][inside].tolist()
                     row |= {"tokens": [self.tokenizer.decode([token]) for token in ids]}

@@ -24,7 +24,7 @@ import tyro
 from PIL import Image
 
 from common.run.cost import cost_card, count, duration
-from common.run.folder import one_line, write
+from common.run.files import one_line, write
 
 POINTS = 240  # of a curve
 SHOWN_STEPS = 24

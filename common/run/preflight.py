@@ -20,10 +20,12 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from common.data.examples import Example
-from common.data.prompts import batch_indices, build_messages, replace_images
+from common.data.messages import build_messages
+from common.data.prompts import batch_indices, replace_images
+from common.model.decoder import Decoder, can_record
 from common.model.layers import precision
 from common.model.load import Policy, Prompts, encode_prompts, load_policy, save_policy
-from common.model.sampling import Decoder, Rollout, can_record, decode, sample, uniform_numbers
+from common.model.sampling import Rollout, decode, sample, uniform_numbers
 from common.model.scoring import Scorer
 from common.model.training import cut_by_tokens, rows_of
 from common.rewards.answers import check, extract, score
