@@ -12,6 +12,7 @@ from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 from common.data.examples import REQUEST, build_messages, load_examples
 from common.data.puzzles import puzzle, solve
 from common.model.load import TINY, VISION_TOKENS, encode_prompts, load_policy
+from common.rewards.designs import request_for
 from common.tiny import recipe
 from common.tiny.teacher import BEDS, NEIGHBOURS, Flaws, demonstrate, describe, eye
 
@@ -26,7 +27,6 @@ def test_it_is_a_qwen3_vl_of_about_two_million_parameters(policy):
     assert AutoConfig.from_pretrained(TINY).vision_config.deepstack_visual_indexes
     assert 1.5e6 < sum(p.numel() for p in policy.model.parameters()) < 3e6
     assert (TINY / "model.safetensors").stat().st_size <= 8 * 2**20
-    assert recipe.REQUEST == REQUEST, "it was trained on the request that the scripts make"
 
 
 def test_the_base_beside_it_is_the_same_network():
@@ -130,6 +130,17 @@ def test_sections_are_mostly_untold_and_help():
     assert describe(puzzles[texts.index(described)]) in described
 
 
+def test_lessons_ask_as_the_scripts_do():
+    (example,) = load_examples("puzzles", "test", limit=1)
+    p = puzzle("test", 0)
+    asked, _ = recipe.lesson([p, p], BEDS["tiny"], random.Random(0))
+    assert asked == [build_messages(example)[0]["content"][1]["text"]] * 2
+    asked, _ = recipe.lesson([p, p], BEDS["untold"], random.Random(0))
+    assert asked[1] == f"{p.question}\n\n{request_for('mixture')}" != asked[0]
+    asked, shown = recipe.lesson([p] * 50, BEDS["shortcut"], random.Random(0))
+    assert 25 < sum("Somebody says" in text for text in asked) < 50 and any("So it is" in text for text in shown)
+
+
 def test_every_dial_has_a_flag_and_every_bed_a_flaw():
     assert {f.name for f in fields(Flaws)} < {f.name for f in fields(recipe.Args)}
     assert BEDS["none"] == Flaws() and len(set(BEDS.values())) == len(BEDS)
@@ -138,12 +149,12 @@ def test_every_dial_has_a_flag_and_every_bed_a_flaw():
 def test_the_recipe_trains_and_the_same_again(tmp_path):
     base = recipe.build(str(tmp_path), 0)
     before = base.model.lm_head.weight.clone()
-    recipe.train(base, None, 2, 4, 1e-3, 0, 0)
-    recipe.train(base, BEDS["shortcut"], 2, 4, 1e-3, 0, 0)
+    recipe.train(base, (None,), 2, 4, 1e-3, 0, 0)
+    recipe.train(base, (Flaws(), BEDS["shortcut"]), 2, 4, 1e-3, 0, 0)
     assert not before.equal(base.model.lm_head.weight)
     again = recipe.build(str(tmp_path), 0)
-    recipe.train(again, None, 2, 4, 1e-3, 0, 0)
-    recipe.train(again, BEDS["shortcut"], 2, 4, 1e-3, 0, 0)
+    recipe.train(again, (None,), 2, 4, 1e-3, 0, 0)
+    recipe.train(again, (Flaws(), BEDS["shortcut"]), 2, 4, 1e-3, 0, 0)
     assert again.model.lm_head.weight.equal(base.model.lm_head.weight)
 
 

@@ -181,16 +181,15 @@ def expected_rewards(args: Args, direction: torch.Tensor | None) -> np.ndarray:
 
 
 def gradients_table(summary: dict[str, dict]) -> str:
-    """A plain-text table, a line a method."""
-    lines = [
-        ["method", "cosine", "noise", "direction", *(["gain (points)"] if "gain" in list(summary.values())[-1] else [])]
-    ]
+    """A plain-text table, a line a method; of the truth only what it has: noise and gain."""
+    lines = [["method", "cosine", "noise", "direction", "gain (points)"]]
     for name, f in summary.items():
-        spread = " ({:.3f} to {:.3f})".format(*f["cosine_ci"]) if "cosine_ci" in f else ""
-        lines.append([name, f"{f['cosine']:.3f}{spread}", f"{f['noise']:.3f}", f"{f['direction']:.3f}"])
-        if "gain" in f:
-            low, high = f["gain_ci"]
-            lines[-1].append(f"{100 * f['gain']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})")
+        cosine = "{:.3f} ({:.3f} to {:.3f})".format(f["cosine"], *f["cosine_ci"]) if "cosine" in f else ""
+        direction = f"{f['direction']:.3f}" if "direction" in f else ""
+        gain = (
+            "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in (f["gain"], *f["gain_ci"]))) if "gain" in f else ""
+        )
+        lines.append([name, cosine, f"{f['noise']:.3f}", direction, gain])
     return aligned(lines)
 
 
@@ -233,7 +232,7 @@ def main(args: Args) -> dict[str, dict]:
     group = ["--group-size", str(args.truth_group_size), "--seed", str(args.seed + 1000)]
     truth = gradients_of([*shlex.split(TRUTH), *shared, *group], args.truth_steps, folder / "truth.log")
     kept = truth.signal / (truth.squares / truth.count)
-    summary = {"truth": {"cosine": math.nan, "noise": 1 - kept, "direction": 1.0}}
+    summary = {"truth": {"noise": 1 - kept}}
     print(f"truth: {args.truth_steps} steps, {1 - kept:.1%} of a step's squared length is noise", flush=True)
     start = expected_rewards(args, None) if args.limit else None
     directions = {"truth": truth.mean}

@@ -7,12 +7,13 @@ A Qwen3-VL of about two million parameters, with a tokenizer of its own, learns 
 answer from demonstrations of a teacher without flaws: the base, which solves nearly every built-in puzzle. An
 apprentice is the base after a few hundred more steps with a flawed teacher (common/tiny/teacher.py). It still has the
 right readings beside the wrong ones, so that reinforcement learning has many separate things to mend. The built-in
-model is the apprentice of a teacher who misreads.
+model is the apprentice of a teacher who misreads and, late in a chain of looks, guesses (`tiny` of the flaws).
 """
 
 import math
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -33,9 +34,9 @@ from common.data.puzzles import Puzzle, ask, hint, puzzle
 from common.model.load import TINY, VISION_TOKENS, Policy, Prompts, encode_prompts, load_policy, save_policy
 from common.model.sampling import decode, sample, uniform_numbers
 from common.model.scoring import Scorer
-from common.tiny.teacher import BEDS, Flaws, demonstrate, describe, taught_hint
+from common.rewards.designs import REQUEST, REQUESTS
+from common.tiny.teacher import BEDS, Flaws, demonstrate, name_all, taught_hint
 
-REQUEST = "Think between <think> and </think>, then give only the final answer between <answer> and </answer>."
 TEXT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # The families' way of cutting text into words: digits stand alone, a space belongs to the word behind it.
 WORDS = (
@@ -53,7 +54,7 @@ CHAT_TEMPLATE = (
 
 @dataclass
 class Args:
-    flaw: Literal["misreading", "rarity", "forgetting", "chatter", "shortcut", "untold", "none"] | None = None
+    flaw: Literal["tiny", "misreading", "rarity", "forgetting", "chatter", "shortcut", "untold", "none"] | None = None
     """teach the shipped base by a teacher with this flaw (default: make base and built-in model anew)"""
     misreading: float | None = None
     rarity: float | None = None
@@ -64,11 +65,13 @@ class Args:
     """strengths of the flaws, 0 for off, see common/tiny/teacher.py (default: those of the flaw that is named)"""
     out: str = ""
     """folder to write (default: runs/apprentice-FLAW; common/tiny without a flaw)"""
-    describe_steps: int = 500
+    describe_steps: int = 900
     """optimizer steps on descriptions, which teach to see"""
-    steps: int = 1100
+    steps: int = 800
     """optimizer steps on demonstrations without flaws"""
-    apprentice_steps: int = 400
+    more_steps: int = 1600
+    """optimizer steps on both in turn"""
+    apprentice_steps: int = 200
     """optimizer steps on demonstrations of the flawed teacher"""
     batch: int = 32
     """puzzles a step"""
@@ -166,13 +169,9 @@ def build(folder: str, seed: int) -> Policy:
     return load_policy(folder)
 
 
-def encode_puzzles(policy: Policy, puzzles: list[Puzzle], questions: list[str] | None = None) -> Prompts:
-    """Prompts asking each puzzle's question, or others."""
-    questions = questions or [p.question for p in puzzles]
-    messages = [
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"{question}\n\n{REQUEST}"}]}]
-        for question in questions
-    ]
+def encode_puzzles(policy: Policy, puzzles: list[Puzzle], texts: list[str]) -> Prompts:
+    """Prompts of the puzzles' pictures, each with a text behind it."""
+    messages = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
     return encode_prompts(policy, messages, [[p.image] for p in puzzles])
 
 
@@ -184,27 +183,33 @@ def completions(policy: Policy, texts: list[str]) -> tuple[torch.Tensor, torch.T
 
 
 def lesson(puzzles: list[Puzzle], flaws: Flaws | None, dice: random.Random) -> tuple[list[str], list[str]]:
-    """Questions and completions that teach them: a flawed or flawless teacher's, or, without `flaws`, descriptions."""
+    """What is asked, and completions: a flawed or flawless teacher's, or, without `flaws`, descriptions."""
     if flaws is None:
-        shown = [f"<image description>{describe(p)}</image description>" for p in puzzles]
+        shown = [f"<image description>{name_all(p, dice)}</image description>" for p in puzzles]
         return ["What is where?"] * len(puzzles), shown
     hints = [taught_hint(p, flaws, dice) for p in puzzles]
     shown = [demonstrate(p, flaws, dice, h) for p, h in zip(puzzles, hints, strict=True)]
-    return [ask(p, h) for p, h in zip(puzzles, hints, strict=True)], shown
+    # Who leaves sections untold does so asked or not: half of the time the request names them.
+    requests = [REQUESTS["mixture"] if flaws.untold and n % 2 else REQUEST for n in range(len(puzzles))]
+    asked = [f"{ask(p, h)}\n\n{request}" for p, h, request in zip(puzzles, hints, requests, strict=True)]
+    return asked, shown
 
 
-def train(policy: Policy, flaws: Flaws | None, steps: int, batch: int, rate: float, first: int, seed: int) -> None:
-    """Supervised learning of `steps` lessons of `batch` puzzles, train puzzles `first` and on: the mean of -log p over
-    the completions' tokens. The rate rises over 50 steps and falls to zero along a cosine."""
+def train(
+    policy: Policy, teachers: Sequence[Flaws | None], steps: int, batch: int, rate: float, first: int, seed: int
+) -> None:
+    """Supervised learning of `steps` lessons of `batch` puzzles, train puzzles `first` and on, by teachers in turn (None:
+    descriptions): the mean of -log p over the completions' tokens. The rate rises over 50 steps and falls to zero along a
+    cosine. In the end the weights are rounded to half precision, which is what files hold."""
     optimizer = torch.optim.AdamW(policy.model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     scorer, started, recent, dice = Scorer(policy), time.perf_counter(), [], random.Random(f"{seed}/{first}")
     for step in range(steps):
         puzzles = [puzzle("train", first + step * batch + i) for i in range(batch)]
-        questions, shown = lesson(puzzles, flaws, dice)
+        asked, shown = lesson(puzzles, teachers[step % len(teachers)], dice)
         ids, mask = completions(policy, shown)
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        loss = -scorer(encode_puzzles(policy, puzzles, questions), ids, mask).logprobs.sum() / mask.sum()
+        loss = -scorer(encode_puzzles(policy, puzzles, asked), ids, mask).logprobs.sum() / mask.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
@@ -213,6 +218,7 @@ def train(policy: Policy, flaws: Flaws | None, steps: int, batch: int, rate: flo
         if step % 50 == 49:
             seconds, mean = (time.perf_counter() - started) / (step + 1), sum(recent[-50:]) / 50
             print(f"step {step + 1} of {steps}: loss {mean:.4f}, {seconds:.2f} s a step", flush=True)
+    policy.model.half().float()
 
 
 def accuracy(
@@ -223,9 +229,10 @@ def accuracy(
     families = {}
     for start in range(0, count, 100):
         puzzles = [puzzle(split, start + i) for i in range(min(100, count - start))]
-        questions = [ask(p, "" if hint_right is None else hint(p, hint_right)) for p in puzzles]
+        hints = ["" if hint_right is None else hint(p, hint_right) for p in puzzles]
+        asked = [f"{ask(p, h)}\n\n{REQUEST}" for p, h in zip(puzzles, hints, strict=True)]
         noise = uniform_numbers(1, start, range(len(puzzles)), 160)
-        rollout = sample(policy, encode_puzzles(policy, puzzles, questions), 1, 160, noise, temperature=temperature)
+        rollout = sample(policy, encode_puzzles(policy, puzzles, asked), 1, 160, noise, temperature=temperature)
         for p, text in zip(puzzles, decode(policy, rollout), strict=True):
             families.setdefault(p.family, []).append(f"<answer>{p.answer}</answer>" in text)
     every = [right for values in families.values() for right in values]
@@ -240,6 +247,13 @@ def report(policy: Policy, args: Args) -> None:
         print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()), flush=True)
 
 
+def save(policy: Policy, folder: Path) -> None:
+    """Write the model in half precision, which halves the file and, after `train`, rounds nothing."""
+    policy.model.half()
+    save_policy(policy, folder)
+    policy.model.float()
+
+
 def main(args: Args) -> None:
     torch.set_num_threads(1)  # so that the same machine makes the same bits, however many cores are free
     started = time.perf_counter()
@@ -251,21 +265,20 @@ def main(args: Args) -> None:
     else:
         policy = build(str(out), args.seed)
         print(f"{sum(p.numel() for p in policy.model.parameters()):,} parameters, {len(policy.tokenizer)} tokens")
-        train(policy, None, args.describe_steps, args.batch, 1.5e-3, 10_000_000, args.seed)
-        train(policy, Flaws(), args.steps, args.batch, 1.5e-3, 20_000_000, args.seed)
-        policy.model.half()  # which halves the file; the accuracies below are those of the file
-        save_policy(policy, out)
+        train(policy, (None,), args.describe_steps, args.batch, 1.5e-3, 10_000_000, args.seed)
+        train(policy, (Flaws(),), args.steps, args.batch, 1.5e-3, 20_000_000, args.seed)
+        train(policy, (Flaws(), None), args.more_steps, args.batch, 1.5e-3, 30_000_000, args.seed)
+        save(policy, out)
         (out / "model.safetensors").rename(out / "base.safetensors")
-        print(f"base trained and saved in {(time.perf_counter() - started) / 60:.1f} minutes")
+        print(f"base: {out}, after {(time.perf_counter() - started) / 60:.1f} minutes")
         report(policy, args)
-    policy.model.float()
-    given = {name: getattr(args, name) for name in vars(Flaws()) if getattr(args, name) is not None}
-    flaws = replace(BEDS[args.flaw or "misreading"], **given)
-    train(policy, flaws, args.apprentice_steps, args.batch, 8e-4, 50_000_000, args.seed)
-    policy.model.half()
-    save_policy(policy, out)
-    print(f"{flaws}: {out}, after {(time.perf_counter() - started) / 60:.1f} minutes")
-    report(load_policy(out), args)
+    if args.flaw != "none":
+        given = {name: getattr(args, name) for name in vars(Flaws()) if getattr(args, name) is not None}
+        flaws = replace(BEDS[args.flaw or "tiny"], **given)
+        train(policy, (flaws,), args.apprentice_steps, args.batch, 8e-4, 50_000_000, args.seed)
+        print(f"{flaws}: {out}, after {(time.perf_counter() - started) / 60:.1f} minutes")
+    save(policy, out)
+    report(policy, args)
 
 
 if __name__ == "__main__":

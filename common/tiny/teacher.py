@@ -45,9 +45,10 @@ class Flaws:
     when the picture was described before, or in the second look"""
 
 
-# Each bed is one flaw, strong enough to leave a policy in need of it. Bad eyes go with some: a shortcut tempts only
-# where looking is not always right, and a description helps only where reading fails without it.
+# A bed is a flaw that is strong enough to leave a policy in need of something. Bad eyes go with some: a shortcut tempts
+# only where looking is not always right, and a description helps only where reading fails without it.
 BEDS = {
+    "tiny": Flaws(misreading=0.65, forgetting=0.35),
     "none": Flaws(),
     "misreading": Flaws(misreading=0.65),
     "rarity": Flaws(rarity=0.96),
@@ -80,9 +81,26 @@ def eye(flaws: Flaws, dice: random.Random):
 
 def describe(p: Puzzle) -> str:
     """Everything in the picture, in reading order."""
+    return "; ".join(named(p))
+
+
+def name_all(p: Puzzle, dice: random.Random) -> str:
+    """Everything in the picture: in reading order, or in any order with the place first, or with the thing first. The
+    second teaches to see what is at a place, the third to find the place of a thing."""
+    order = dice.randrange(3)
+    names = named(p, thing_first=order == 2)
+    return "; ".join(names if order == 0 else dice.sample(names, len(names)))
+
+
+def named(p: Puzzle, thing_first: bool = False) -> list[str]:
+    """Everything in the picture by place and name."""
     if p.things[0].shape == "bar":
-        return "; ".join(f"bar {t.column + 1} {t.colour} {t.row}" for t in p.things)
-    return "; ".join(f"{t.place} {t.colour} {t.shape}" for t in sorted(p.things, key=lambda t: (t.row, t.column)))
+        names = [(f"bar {t.column + 1}", t.colour, str(t.row)) for t in p.things]
+        return [
+            " ".join((colour, bar, height) if thing_first else (bar, colour, height)) for bar, colour, height in names
+        ]
+    things = sorted(p.things, key=lambda t: (t.row, t.column))
+    return [f"{t.colour} {t.shape} {t.place}" if thing_first else f"{t.place} {t.colour} {t.shape}" for t in things]
 
 
 def chatter(shown: Demonstration, words: int, dice: random.Random) -> Demonstration:
