@@ -120,8 +120,8 @@ def figures(own: Sums, truth: Sums) -> dict[str, float]:
     """
     both = own.signal * truth.signal
     return {
-        "cosine": float(np.mean(own.dots)),
-        "noise": 1 - own.signal / (own.squares / own.count),
+        "cosine": float(np.mean(own.dots)) if own.dots else math.nan,
+        "noise": 1 - own.signal / (own.squares / own.count) if own.squares else math.nan,
         "direction": float(own.mean @ truth.mean) / math.sqrt(both) if min(own.signal, truth.signal) > 0 else math.nan,
     }
 
@@ -240,7 +240,7 @@ def main(args: Args) -> dict[str, dict]:
         own = gradients_of(
             [*command, *shared, "--seed", str(args.seed)], args.steps, folder / f"{name}.log", truth.mean
         )
-        summary[name] = figures(own, truth) | {"cosine_ci": bootstrap(np.array(own.dots), 2000)}
+        summary[name] = figures(own, truth) | {"cosine_ci": bootstrap(np.array(own.dots or [math.nan]), 2000)}
         directions[name] = own.mean
     for name, direction in directions.items() if args.limit else ():
         gains = expected_rewards(args, direction) - start

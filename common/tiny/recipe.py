@@ -198,9 +198,9 @@ def lesson(puzzles: list[Puzzle], flaws: Flaws | None, dice: random.Random) -> t
 def train(
     policy: Policy, teachers: Sequence[Flaws | None], steps: int, batch: int, rate: float, first: int, seed: int
 ) -> None:
-    """Supervised learning of `steps` lessons of `batch` puzzles, train puzzles `first` and on, by teachers in turn (None:
-    descriptions): the mean of -log p over the completions' tokens. The rate rises over 50 steps and falls to zero along a
-    cosine. In the end the weights are rounded to half precision, which is what files hold."""
+    """Supervised learning of `steps` lessons of `batch` puzzles, train puzzles `first` and on, by teachers in turn, of
+    whom None describes: the mean of -log p over the completions' tokens. The rate rises over 50 steps and falls to zero
+    along a cosine. In the end the weights are rounded to half precision, which is what files hold."""
     optimizer = torch.optim.AdamW(policy.model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     scorer, started, recent, dice = Scorer(policy), time.perf_counter(), [], random.Random(f"{seed}/{first}")
     for step in range(steps):

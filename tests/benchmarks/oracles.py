@@ -63,14 +63,17 @@ class Remembering(grpo.Scorer):
 
 
 def main(oracle: str) -> None:
-    plain_loss = grpo.policy_loss
+    plain = grpo.Scorer, grpo.policy_loss
 
     def policy_loss(*arguments):
-        losses, ratio = plain_loss(*arguments)
+        losses, ratio = plain[1](*arguments)
         return losses * reading_mask(*Remembering.last, oracle), ratio
 
     grpo.Scorer, grpo.policy_loss = Remembering, policy_loss
-    grpo.main(tyro.cli(grpo.Args))
+    try:
+        grpo.main(tyro.cli(grpo.Args))
+    finally:  # the next script of this process is another
+        grpo.Scorer, grpo.policy_loss = plain
 
 
 if __name__ == "__main__":
