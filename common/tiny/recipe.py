@@ -200,7 +200,7 @@ def train(
 ) -> None:
     """Supervised learning of `steps` lessons of `batch` puzzles, train puzzles `first` and on, by teachers in turn, of
     whom None describes: the mean of -log p over the completions' tokens. The rate rises over 50 steps and falls to zero
-    along a cosine. In the end the weights are rounded to half precision, which is what files hold."""
+    along a cosine."""
     optimizer = torch.optim.AdamW(policy.model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     scorer, started, recent, dice = Scorer(policy), time.perf_counter(), [], random.Random(f"{seed}/{first}")
     for step in range(steps):
@@ -218,7 +218,6 @@ def train(
         if step % 50 == 49:
             seconds, mean = (time.perf_counter() - started) / (step + 1), sum(recent[-50:]) / 50
             print(f"step {step + 1} of {steps}: loss {mean:.4f}, {seconds:.2f} s a step", flush=True)
-    policy.model.half().float()
 
 
 def accuracy(
@@ -248,7 +247,7 @@ def report(policy: Policy, args: Args) -> None:
 
 
 def save(policy: Policy, folder: Path) -> None:
-    """Write the model in half precision, which halves the file and, after `train`, rounds nothing."""
+    """Round the model to half precision, which halves the file, and write it."""
     policy.model.half()
     save_policy(policy, folder)
     policy.model.float()
@@ -267,6 +266,7 @@ def main(args: Args) -> None:
         print(f"{sum(p.numel() for p in policy.model.parameters()):,} parameters, {len(policy.tokenizer)} tokens")
         train(policy, (None,), args.describe_steps, args.batch, 1.5e-3, 10_000_000, args.seed)
         train(policy, (Flaws(),), args.steps, args.batch, 1.5e-3, 20_000_000, args.seed)
+        policy.model.half().float()  # as if the last stage went on from a file, as the shipped one did
         train(policy, (Flaws(), None), args.more_steps, args.batch, 1.5e-3, 30_000_000, args.seed)
         save(policy, out)
         (out / "model.safetensors").rename(out / "base.safetensors")
