@@ -16,7 +16,8 @@ from common.data.examples import PUZZLE_COUNT, Example, load_examples
 from common.data.messages import TEMPLATE
 from common.evaluation import __main__ as command
 from common.evaluation.__main__ import Args, main, mark
-from common.evaluation.accuracy import evaluate, image_reliance, interval, summarize, table
+from common.evaluation.accuracy import evaluate, interval, summarize, table
+from common.evaluation.probes import image_reliance
 from common.evaluation.robustness import bootstrap, robustness, robustness_summary, robustness_table, show_robustness
 from common.model.load import TINY, load_policy
 from common.run.checkpoints import newest_checkpoint, settings_of
@@ -525,7 +526,7 @@ def test_a_limit_that_changes_nothing_and_an_older_file_are_gone_on_with(tmp_pat
 def test_reliance_on_the_image_is_zero_for_a_model_that_cannot_see():
     policy, examples = load_policy("tiny", trainable=False), load_examples("puzzles", "validation", limit=6)
     options = dict(template=TEMPLATE, max_new_tokens=40)
-    assert image_reliance(policy, examples, **options) > 0.2
+    assert image_reliance(policy, examples, **options)["reliance/grey"] > 0.2
     for parameter in policy.base.model.visual.parameters():
         parameter.zero_()
-    assert image_reliance(policy, examples, **options) == pytest.approx(0, abs=1e-6)
+    assert image_reliance(policy, examples, **options)["reliance/grey"] == pytest.approx(0, abs=1e-6)

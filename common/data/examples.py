@@ -32,7 +32,7 @@ from typing import TypeVar
 from PIL import Image
 
 from common.data.images import hub_caches, one_line, open_image
-from common.data.puzzles import SPLITS, puzzle
+from common.data.puzzles import SPLITS, ask, hint, puzzle
 from common.data.sets import SOURCES, Readable, likely_kind, options_in, read_choices
 from common.rewards.answers import KINDS, prepare_gold
 
@@ -76,7 +76,8 @@ def load_examples(
     draws: int | None = None,
     seed: int = 0,
 ) -> Sequence[Example]:
-    """Examples of a split: `puzzles`; a short name of data/sets.py, `=FOLDER` behind it where a folder holds the set;
+    """Examples of a split: `puzzles`, or `puzzles:hint=75`, whose questions carry a hint that is right in 75 % (0: it
+    always misleads); a short name of data/sets.py, `=FOLDER` behind it where a folder holds the set;
     a .jsonl or .parquet file; a folder with metadata.jsonl, metadata.parquet or a data set of its own; or a hub id.
     `@config` behind a folder or an id names one of its configurations.
 
@@ -93,10 +94,14 @@ def load_examples(
         raise SystemExit(f"--kind {kind}: choose one of {', '.join(KINDS)}")
     if image_root and not Path(image_root).is_dir():
         raise SystemExit(f"--image-root {image_root}: no such folder")
-    if data == "puzzles":
+    if data.split(":")[0] == "puzzles":
+        dial = re.fullmatch(r"puzzles(?::hint=(100|\d{1,2}))?", data)
+        if not dial:
+            raise SystemExit(f"--data {data}: must be puzzles, or puzzles:hint=N with N from 0 to 100")
         if split not in SPLITS:
-            raise SystemExit(f"--data puzzles has no split {split!r}: choose one of {', '.join(SPLITS)}")
-        return Puzzles(split, min(limit or PUZZLE_COUNT[split], PUZZLE_COUNT[split]))
+            raise SystemExit(f"--data {data} has no split {split!r}: choose one of {', '.join(SPLITS)}")
+        hint_right = int(dial[1]) / 100 if dial[1] else None
+        return Puzzles(split, min(limit or PUZZLE_COUNT[split], PUZZLE_COUNT[split]), hint_right)
     if data.split("=")[0] in SOURCES:
         rows, root = open_source(data, split, draws, seed)
         columns = {"image": "images", "question": "question", "answer": "answer"}
@@ -115,10 +120,12 @@ def load_examples(
 
 @dataclass(frozen=True)
 class Puzzles(Sequence):
-    """The first `count` built-in puzzles of a split."""
+    """The first `count` built-in puzzles of a split; with `hint_right` their questions carry a hint, which is right for
+    that share."""
 
     split: str
     count: int
+    hint_right: float | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -127,7 +134,8 @@ class Puzzles(Sequence):
         if not 0 <= index < self.count:
             raise IndexError(index)
         p = puzzle(self.split, index)
-        return Example((p.image,), f"<image>{p.question}", p.answer, p.kind, None, p.family, f"{self.split}/{index}")
+        question = ask(p, "" if self.hint_right is None else hint(p, self.hint_right))
+        return Example((p.image,), f"<image>{question}", p.answer, p.kind, None, p.family, f"{self.split}/{index}")
 
 
 @dataclass

@@ -1,25 +1,27 @@
 """Procedural picture puzzles: any split, any index, always the same puzzle, nothing to download.
 
-Five families; each answer needs several looks at the picture and a short computation:
+Five families. No answer can be had without the picture, and most take a chain of looks, each of which must be right:
 
-    sum         "How many red shapes plus how many stars are there?"                  count twice, add
-    difference  "How many more circles than rings are there?"                         count twice, subtract
-    hop         "Start at the red star. Go 2 right, then 1 up. What colour is there?" find, move, move, read
-    path        "Start at the black disc and follow the arrows. Which shape is at the end?"
-    bars        "What is the red bar plus the blue bar?"                              read twice, compute
+    hop      "Start at the red star. Go 2 right, then 1 up. What colour is there?"        find, move, move, read
+    path     "Start at the black disc and follow the arrows. Which shape is at the end?"  find, turn, turn, ..., read
+    pair     "Look at b2, d1, a4 and c3. Which colour comes twice?"                       read three to five times
+    bars     "What is the red bar plus the blue bar?"                                     find and read, twice
+    extreme  "Which colour is the tallest bar?"                                           read every bar
 
 Splits. `train`, `validation` and `test` can never share a layout: a hash of what is drawn (which things, in which
 cells, without jitter and noise) decides the one split that may show it, and drawing is repeated until the hash fits.
-`shifted` tests generalization: more things than ever trained on, longer paths, and only the twelve colour-shape pairs
-that no other split draws (`HELD_OUT`).
+`shifted` tests generalization: more things and longer chains than ever trained on, and on the grid only the twelve
+colour-shape pairs that no other split draws (`HELD_OUT`).
 
-Answers are balanced by construction: the answer is drawn first, uniformly, then a picture that has it. The best
-guess that reads the question but not the picture, fitted on train, is right on 17 % of test; the best constant on 10 %
-(`blind_guess_accuracy()`).
+Answers are balanced by construction: the answer is drawn first, uniformly, then a picture that has it;
+`blind_guess_accuracy()` says how far the best guess without the picture comes.
 
-Each puzzle comes with two demonstrations for supervised learning, a `careful` one that names every relevant thing
-with its place, and a `hasty` one that jumps to an impression. Cells are named like a chess board: rows a, b, c, d
-from the top, columns 1, 2, 3, 4 from the left.
+`solve` writes a demonstration for supervised learning: every look at the picture said aloud, then the answer. It asks a
+function what each look sees, so that a demonstrator with bad eyes is that function and nothing else, and it knows which
+characters of the text were read off the picture.
+
+`hint` is what "somebody says" the answer is; whether that is right is decided by a dial. Cells are named like a chess
+board: rows a, b, c, d from the top, columns 1, 2, 3, 4 from the left.
 """
 
 import hashlib
@@ -39,6 +41,7 @@ SPLITS = ("train", "validation", "test", "shifted")
 SIZE = 128  # pixels, height and width
 GRID = 4  # cells per side
 CELL = SIZE // GRID  # pixels
+TALLEST = 6  # units
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -48,14 +51,7 @@ COLOURS = {
     "purple": (134, 56, 160),
     "orange": (240, 130, 24),
 }
-SHAPES = {  # singular -> plural
-    "circle": "circles",
-    "square": "squares",
-    "triangle": "triangles",
-    "star": "stars",
-    "cross": "crosses",
-    "ring": "rings",
-}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 STEPS = {"right": (0, 1), "left": (0, -1), "down": (1, 0), "up": (-1, 0)}  # name -> (rows, columns)
 
 Pair = tuple[str, str]  # (colour, shape)
@@ -92,25 +88,66 @@ class Thing(NamedTuple):
 
 @dataclass(frozen=True)
 class Puzzle:
-    """A question about a picture, its answer, and two ways to reason. The picture is drawn when first asked for."""
+    """A question about a picture and its answer. The picture is drawn when first asked for."""
 
     family: str
     question: str
     answer: str
     kind: str
     """How an answer is checked: `int` or `exact`."""
-    careful: str
-    """Names each relevant thing and its place, then computes. Always ends in `answer`."""
-    hasty: str
-    """An impression without naming anything; the answer it arrives at, often a wrong one, is `hasty_answer`."""
-    hasty_answer: str
     things: tuple[Thing, ...]
+    asked: tuple
+    """What `solve` must know of the question; each family has its own."""
     seed: str
 
     @cached_property
     def image(self) -> Image.Image:
         """RGB, 128 x 128."""
         return _draw(self)
+
+
+class Read(NamedTuple):
+    """Words of a demonstration that were read off the picture."""
+
+    text: str
+    kind: str
+    """`colour`, `shape`, `height`, `place` or `direction`"""
+    truth: str
+    """what the picture shows"""
+    look: int
+    """which look at the picture it belongs to, from 0"""
+
+
+class Demonstration(NamedTuple):
+    """A chain of looks and the answer that it arrives at."""
+
+    pieces: tuple[str | Read, ...]
+    answer: str
+
+    @property
+    def text(self) -> str:
+        """What the demonstrator says before the answer."""
+        return "".join(piece if isinstance(piece, str) else piece.text for piece in self.pieces)
+
+    @property
+    def spans(self) -> list[tuple[int, int, Read]]:
+        """Where in `text` the picture was read: first character, the one behind the last, and what was read."""
+        spans, start = [], 0
+        for piece in self.pieces:
+            end = start + len(piece if isinstance(piece, str) else piece.text)
+            if isinstance(piece, Read):
+                spans.append((start, end, piece))
+            start = end
+        return spans
+
+
+# What a look sees: what kind of thing, the truth, which look it is, of how many -> the word that is said.
+Eye = Callable[[str, str, int, int], str]
+
+
+def good_eye(kind: str, truth: str, look: int, looks: int) -> str:
+    """Sees what there is."""
+    return truth
 
 
 class _Dice:
@@ -134,88 +171,22 @@ class _Dice:
         return items
 
 
-# What a family returns: (things, question, answer, careful, hasty, hasty_answer); None when a try does not work out.
-Try = tuple[list[Thing], str, str, str, str, str] | None
+# What a family returns: (things, question, answer, asked); None when a try does not work out.
+Try = tuple[list[Thing], str, str, tuple] | None
 
 _CELLS = [(row, column) for row in range(GRID) for column in range(GRID)]
+_ASK = ("What colour", "Which shape")
 
 
-def _place(dice: _Dice, pairs: Sequence[Pair]) -> list[Thing]:
-    """Put the pairs into different cells; reading order."""
-    cells = dice.shuffled(_CELLS)[: len(pairs)]
-    return sorted((Thing(*pair, *cell) for pair, cell in zip(pairs, cells, strict=True)), key=lambda t: t[2:])
-
-
-def _glance(dice: _Dice, value: int) -> int:
-    """What a hasty counter sees: the truth, one too few, one too many, two too few."""
-    r = dice.random()
-    return abs(value + (0 if r < 0.37 else -1 if r < 0.71 else 1 if r < 0.90 else -2))
-
-
-def _sum(goal: _Dice, dice: _Dice, allowed: list[Pair], shifted: bool) -> Try:
-    colour, shape = goal.pick(list(COLOURS)), goal.pick(list(SHAPES))
-    total = goal.between(2, 7)
-    n_colour = dice.between(max(1, total - 5), min(5, total - 1))
-    n_shape = total - n_colour
-    n_both = dice.between(0, min(2, n_colour, n_shape)) if (colour, shape) in allowed else 0
-    only_colour = [p for p in allowed if p[0] == colour and p[1] != shape]
-    only_shape = [p for p in allowed if p[0] != colour and p[1] == shape]
-    neither = [p for p in allowed if p[0] != colour and p[1] != shape]
-    pairs = [(colour, shape)] * n_both
-    pairs += [dice.pick(only_colour) for _ in range(n_colour - n_both)]
-    pairs += [dice.pick(only_shape) for _ in range(n_shape - n_both)]
-    size = dice.between(11, 14) if shifted else dice.between(max(5, len(pairs)), 9)
-    things = _place(dice, pairs + [dice.pick(neither) for _ in range(size - len(pairs))])
-
-    first = ", ".join(f"{t.shape} {t.place}" for t in things if t.colour == colour)
-    second = ", ".join(f"{t.colour} {t.place}" for t in things if t.shape == shape)
-    careful = f"Look: {colour}: {first} = {n_colour}. {shape}: {second} = {n_shape}. {n_colour} + {n_shape} = {total}."
-    seen = _glance(dice, total)
-    part = max(0, min(seen, n_colour))
-    hasty = f"At a glance about {part} {colour} shapes and some {seen - part} {SHAPES[shape]}, so perhaps {seen}."
-    question = f"How many {colour} shapes plus how many {SHAPES[shape]} are there?"
-    return things, question, str(total), careful, hasty, str(seen)
-
-
-def _difference(goal: _Dice, dice: _Dice, allowed: list[Pair], shifted: bool) -> Try:
-    by_shape = goal.random() < 0.5
-    one, other = goal.shuffled(list(SHAPES) if by_shape else list(COLOURS))[:2]
-    result = goal.between(0, 4)
-    n_other = dice.between(1, min(3, (8 - result) // 2))
-    n_one = n_other + result
-    key = 1 if by_shape else 0
-    of_one, of_other = [p for p in allowed if p[key] == one], [p for p in allowed if p[key] == other]
-    rest = [p for p in allowed if p[key] not in (one, other)]
-    pairs = [dice.pick(of_one) for _ in range(n_one)] + [dice.pick(of_other) for _ in range(n_other)]
-    size = dice.between(11, 14) if shifted else dice.between(max(5, len(pairs)), 9)
-    things = _place(dice, pairs + [dice.pick(rest) for _ in range(size - len(pairs))])
-
-    first = ", ".join(f"{t[1 - key]} {t.place}" for t in things if t[key] == one)
-    second = ", ".join(f"{t[1 - key]} {t.place}" for t in things if t[key] == other)
-    careful = f"Look: {one}: {first} = {n_one}. {other}: {second} = {n_other}. {n_one} - {n_other} = {result}."
-    one, other = (SHAPES[one], SHAPES[other]) if by_shape else (f"{one} shapes", f"{other} shapes")
-    seen = _glance(dice, result)
-    hasty = f"At a glance there are about {n_other + seen} {one} and some {n_other} {other}, so perhaps {seen}."
-    return things, f"How many more {one} than {other} are there?", str(result), careful, hasty, str(seen)
-
-
-def _asked(goal: _Dice, allowed: list[Pair]) -> tuple[int, str, list[Pair]]:
+def _goal(goal: _Dice, allowed: list[Pair]) -> tuple[int, str, list[Pair]]:
     """What is asked for (0 colour, 1 shape), the answer, and the pairs that have it."""
     key = 0 if goal.random() < 0.5 else 1
     answer = goal.pick(list((COLOURS, SHAPES)[key]))
     return key, answer, [p for p in allowed if p[key] == answer]
 
 
-def _mistake(dice: _Dice, things: Sequence[Thing], target: Thing, key: int) -> str:
-    """What a hasty reader takes for the target: the target, or else a thing near it."""
-    if dice.random() < 0.25:
-        return target[key]
-    near = [t for t in things if 0 < abs(t.row - target.row) + abs(t.column - target.column) <= 2 and t.shape in SHAPES]
-    return dice.pick(near)[key] if near else target[key]
-
-
 def _hop(goal: _Dice, dice: _Dice, allowed: list[Pair], shifted: bool) -> Try:
-    key, answer, fits = _asked(goal, allowed)
+    key, answer, fits = _goal(goal, allowed)
     start = goal.pick(allowed)
     across, n_across = goal.pick(["right", "left"]), goal.between(1, 2)
     along, n_along = goal.pick(["down", "up"]), goal.between(1, 2)
@@ -227,24 +198,16 @@ def _hop(goal: _Dice, dice: _Dice, allowed: list[Pair], shifted: bool) -> Try:
     fits = [p for p in fits if p != start]
     others = [p for p in allowed if p != start]
     target = Thing(*dice.pick(fits), *end)
-    size = dice.between(12, 14) if shifted else dice.between(7, 10)
+    size = dice.between(11, 13) if shifted else dice.between(6, 9)
     cells = dice.shuffled([c for c in _CELLS if c not in ((row, column), end)])[: size - 2]
     things = [Thing(*start, row, column), target] + [Thing(*dice.pick(others), *cell) for cell in cells]
-
     name = " ".join(start)
-    careful = (
-        f"Look: {name} at {things[0].place}. {n_across} {across} is {turn.place}. {n_along} {along} is {target.place}. "
-        f"{target.place} is a {target.colour} {target.shape}."
-    )
-    seen = _mistake(dice, things, target, key)
-    hasty = f"At a glance, going from the {name} that way I seem to see something like a {seen} one."
-    ask = ("What colour", "Which shape")[key]
-    question = f"Start at the {name}. Go {n_across} {across}, then {n_along} {along}. {ask} is there?"
-    return things, question, answer, careful, hasty, seen
+    question = f"Start at the {name}. Go {n_across} {across}, then {n_along} {along}. {_ASK[key]} is there?"
+    return things, question, answer, (key, f"{n_across} {across}", turn.place, f"{n_along} {along}")
 
 
 def _path(goal: _Dice, dice: _Dice, allowed: list[Pair], shifted: bool) -> Try:
-    key, answer, fits = _asked(goal, allowed)
+    key, answer, fits = _goal(goal, allowed)
     length = dice.between(5, 6) if shifted else dice.between(2, 4)
     walk, names = [dice.pick(_CELLS)], []
     for _ in range(length):
@@ -258,53 +221,61 @@ def _path(goal: _Dice, dice: _Dice, allowed: list[Pair], shifted: bool) -> Try:
     target = Thing(*dice.pick(fits), *walk[-1])
     things = [Thing("grey", name, *cell) for name, cell in zip(names, walk[:-1], strict=True)]
     things[0] = things[0]._replace(colour="black")
-    places = [t.place for t in things] + [target.place]
     free = dice.shuffled([c for c in _CELLS if c not in walk])
-    n_shapes, n_arrows = (5, 3) if shifted else (dice.between(3, 5), dice.between(1, 3))
+    n_shapes, n_arrows = (5, 3) if shifted else (dice.between(2, 4), dice.between(1, 2))
     shapes = [Thing(*dice.pick(allowed), *cell) for cell in free[:n_shapes]]
     arrows = [Thing("grey", dice.pick(list(STEPS)), *cell) for cell in free[n_shapes : n_shapes + n_arrows]]
-    things = [*things, target, *shapes, *arrows]
+    question = f"Start at the black disc and follow the arrows. {_ASK[key]} is at the end?"
+    return [*things, target, *shapes, *arrows], question, answer, (key, length)
 
-    steps = ", ".join(f"{name} {place}" for name, place in zip(names, places[1:], strict=True))
-    careful = f"Look: disc at {places[0]}, {steps}. {target.place} is a {target.colour} {target.shape}."
-    seen = _mistake(dice, things, target, key)
-    hasty = f"At a glance, the arrows from the disc seem to lead me to something like a {seen} one."
-    ask = ("What colour", "Which shape")[key]
-    question = f"Start at the black disc and follow the arrows. {ask} is at the end?"
-    return things, question, answer, careful, hasty, seen
+
+def _pair(goal: _Dice, dice: _Dice, allowed: list[Pair], shifted: bool) -> Try:
+    key, answer, _ = _goal(goal, allowed)
+    looks = 6 if shifted else goal.between(3, 5)
+    others = [name for name in (COLOURS, SHAPES)[key] if name != answer]
+    names = dice.shuffled([answer, answer, *dice.shuffled(others)[: looks - 2]])
+    pairs = [dice.pick([p for p in allowed if p[key] == name]) for name in names]
+    extra = dice.between(4, 6) if shifted else dice.between(2, 4)
+    pairs += [dice.pick(allowed) for _ in range(extra)]
+    things = [Thing(*pair, *cell) for pair, cell in zip(pairs, dice.shuffled(_CELLS), strict=False)]
+    places = [t.place for t in things[:looks]]
+    word = ("colour", "shape")[key]
+    question = f"Look at {', '.join(places[:-1])} and {places[-1]}. Which {word} comes twice?"
+    return things, question, answer, (key, looks)
 
 
 def _bars(goal: _Dice, dice: _Dice, allowed: list[Pair], shifted: bool) -> Try:
     plus = goal.random() < 0.5
     one, other = goal.shuffled(list(COLOURS))[:2]
-    result = goal.between(4, 12) if plus else goal.between(0, 5)
-    high = dice.between(max(1, result - 8), min(8, result - 1)) if plus else dice.between(1 + result, 8)
+    result = goal.between(3, 11) if plus else goal.between(0, 4)
+    if plus:
+        high = dice.between(max(1, result - TALLEST), min(TALLEST, result - 1))
+    else:
+        high = dice.between(1 + result, TALLEST)
     low = result - high if plus else high - result
-    size = 6 if shifted else 4
-    colours = [one, other, *dice.shuffled([c for c in COLOURS if c not in (one, other)])[: size - 2]]
-    heights = [high, low] + [dice.between(1, 8) for _ in colours[2:]]
-    bars = dice.shuffled(list(zip(colours, heights, strict=True)))
-    things = [Thing(c, dice.pick([p[1] for p in allowed if p[0] == c]), h, i) for i, (c, h) in enumerate(bars)]
-
-    rank = {t.colour: i + 1 for i, t in enumerate(things)}
-    shape = {t.colour: t.shape for t in things}
-    sign = "+" if plus else "-"
-    careful = (
-        f"Look: {one} is bar {rank[one]}, on a {shape[one]}, at {high}. "
-        f"{other} is bar {rank[other]}, on a {shape[other]}, at {low}. {high} {sign} {low} = {result}."
-    )
-    seen = _glance(dice, result)
-    hasty = f"At a glance the {one} bar and the {other} bar taken together give me perhaps {seen}."
+    rest = dice.shuffled([c for c in COLOURS if c not in (one, other)])[: 3 if shifted else 2]
+    bars = dice.shuffled([(one, high), (other, low), *((c, dice.between(1, TALLEST)) for c in rest)])
+    things = [Thing(c, "bar", h, i) for i, (c, h) in enumerate(bars)]
     word = "plus" if plus else "minus"
-    return things, f"What is the {one} bar {word} the {other} bar?", str(result), careful, hasty, str(seen)
+    return things, f"What is the {one} bar {word} the {other} bar?", str(result), (one, "+" if plus else "-", other)
+
+
+def _extreme(goal: _Dice, dice: _Dice, allowed: list[Pair], shifted: bool) -> Try:
+    answer, word = goal.pick(list(COLOURS)), goal.pick(["tallest", "lowest"])
+    rest = dice.shuffled([c for c in COLOURS if c != answer])[: 4 if shifted else dice.between(2, 3)]
+    height = dice.between(2, TALLEST) if word == "tallest" else dice.between(1, TALLEST - 1)
+    beyond = (1, height - 1) if word == "tallest" else (height + 1, TALLEST)
+    bars = dice.shuffled([(answer, height), *((c, dice.between(*beyond)) for c in rest)])
+    things = [Thing(c, "bar", h, i) for i, (c, h) in enumerate(bars)]
+    return things, f"Which colour is the {word} bar?", answer, (word,)
 
 
 _BUILD: dict[str, Callable[[_Dice, _Dice, list[Pair], bool], Try]] = {
-    "sum": _sum,
-    "difference": _difference,
     "hop": _hop,
     "path": _path,
+    "pair": _pair,
     "bars": _bars,
+    "extreme": _extreme,
 }
 FAMILIES: tuple[str, ...] = tuple(_BUILD)
 _ALLOWED = {True: sorted(HELD_OUT), False: sorted(TRAINED)}
@@ -312,7 +283,8 @@ _ALLOWED = {True: sorted(HELD_OUT), False: sorted(TRAINED)}
 
 def content_hash(family: str, things: Sequence[Thing]) -> int:
     """A number that depends on what is drawn where, and on nothing else (no jitter, no noise, no question)."""
-    text = family + ";" + ";".join(" ".join(map(str, t)) for t in sorted(things))
+    drawn = "bars" if family in ("bars", "extreme") else "grid"
+    text = drawn + ";" + ";".join(" ".join(map(str, t)) for t in sorted(things))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
@@ -330,18 +302,95 @@ def puzzle(split: str, index: int) -> Puzzle:
         made = _BUILD[family](goal, dice, _ALLOWED[shifted], shifted)
         if made is not None and content_hash(family, made[0]) % 8 in _BUCKETS[split]:
             break
-    things, question, answer, careful, hasty, hasty_answer = made
-    return Puzzle(
-        family=family,
-        question=question,
-        answer=answer,
-        kind="exact" if family in ("hop", "path") else "int",
-        careful=careful,
-        hasty=hasty,
-        hasty_answer=hasty_answer,
-        things=tuple(things),
-        seed=f"{split}/{index}",
-    )
+    things, question, answer, asked = made
+    kind = "int" if family == "bars" else "exact"
+    return Puzzle(family, question, answer, kind, tuple(things), asked, f"{split}/{index}")
+
+
+def solve(p: Puzzle, eye: Eye = good_eye) -> Demonstration:
+    """The chain of looks that answers a puzzle, as `eye` sees it; what follows from a look follows from what was said.
+
+    >>> p = puzzle("test", 0)
+    >>> p.question
+    'Start at the yellow circle. Go 2 right, then 2 up. What colour is there?'
+    >>> solve(p).text, solve(p).answer
+    ('yellow circle at d2. 2 right is d4. 2 up is b4. b4 is purple.', 'purple')
+    """
+    if p.family == "hop":
+        key, across, turn, along = p.asked
+        start, end = p.things[:2]
+        see = _Looks(eye, 2)
+        name = f"{start.colour} {start.shape}"
+        place = see("place", start.place, 0)
+        moves = f". {across} is {turn}. {along} is {end.place}. {end.place} is "
+        value = see(("colour", "shape")[key], end[key], 1)
+        return Demonstration((f"{name} at ", place, moves, value, "."), value.text)
+    if p.family == "path":
+        key, length = p.asked
+        see, (*arrows, end) = _Looks(eye, length + 2), p.things[: length + 1]
+        pieces = ["disc at ", see("place", arrows[0].place, 0)]
+        for n, (arrow, after) in enumerate(zip(arrows, p.things[1:], strict=False)):
+            pieces += [", ", see("direction", arrow.shape, n + 1), f" {after.place}"]
+        value = see(("colour", "shape")[key], end[key], length + 1)
+        return Demonstration((*pieces, f". {end.place} is ", value, "."), value.text)
+    if p.family == "pair":
+        key, looks = p.asked
+        see = _Looks(eye, looks)
+        reads = [see(("colour", "shape")[key], t[key], n) for n, t in enumerate(p.things[:looks])]
+        pieces = [x for t, read in zip(p.things, reads, strict=False) for x in (f", {t.place} is ", read)]
+        said = [read.text for read in reads]
+        # Bad eyes may see nothing twice; the last look then has to do.
+        answer = next((word for n, word in enumerate(said) if word in said[:n]), said[-1])
+        return Demonstration((pieces[0][2:], *pieces[1:], f". Twice: {answer}."), answer)
+    if p.family == "bars":
+        one, sign, other = p.asked
+        see, pieces, heights = _Looks(eye, 2), [], []
+        for look, name in enumerate((one, other)):
+            bar = next(t for t in p.things if t.colour == name)
+            place, height = see("place", str(bar.column + 1), look), see("height", str(bar.row), look)
+            pieces += [f"{name} is bar ", place, ", at ", height, ". "]
+            heights.append(int(height.text))
+        result = heights[0] + heights[1] if sign == "+" else heights[0] - heights[1]
+        return Demonstration((*pieces, f"{heights[0]} {sign} {heights[1]} = {result}."), str(result))
+    (word,) = p.asked
+    see, pieces, seen = _Looks(eye, len(p.things)), [], []
+    for look, bar in enumerate(p.things):
+        colour, height = see("colour", bar.colour, look), see("height", str(bar.row), look)
+        pieces += [f"{', ' if look else ''}bar {look + 1} ", colour, " ", height]
+        seen.append((int(height.text), colour.text))
+    height = (max if word == "tallest" else min)(h for h, _ in seen)
+    answer = next(colour for h, colour in seen if h == height)
+    return Demonstration((*pieces, f". {word.capitalize()}: {answer}."), answer)
+
+
+@dataclass
+class _Looks:
+    """Looks at one picture: asks the eye, notes what it says beside the truth."""
+
+    eye: Eye
+    looks: int
+
+    def __call__(self, kind: str, truth: str, look: int) -> Read:
+        return Read(self.eye(kind, truth, look, self.looks), kind, truth, look)
+
+
+def hint(p: Puzzle, right: float) -> str:
+    """An answer that somebody gives: the right one for a share `right` of puzzles, else another of its sort. A puzzle's
+    hint that is right at some share is right at every larger one.
+
+    >>> hint(puzzle("test", 0), 1.0) == puzzle("test", 0).answer
+    True
+    """
+    dice = _Dice(p.seed + "/hint")
+    if dice.random() < right:
+        return p.answer
+    sort = next((names for names in (COLOURS, SHAPES) if p.answer in names), [str(n) for n in range(12)])
+    return dice.pick([name for name in sort if name != p.answer])
+
+
+def ask(p: Puzzle, hinted: str = "") -> str:
+    """The question, with what somebody says behind it."""
+    return f"{p.question} Somebody says it is {hinted}." if hinted else p.question
 
 
 def blind_guess_accuracy(n_train: int = 20000, n_test: int = 2000, split: str = "test") -> dict[str, float]:
@@ -406,16 +455,15 @@ def _draw(p: Puzzle) -> Image.Image:
     draw = ImageDraw.Draw(image)
     tint = lambda colour: tuple(min(255, max(0, v + int(jitter(14)))) for v in COLOURS[colour])
     left, top = jitter(2.5), jitter(2.5)
-    if p.family == "bars":
-        unit, base, pitch = 12.5, 108 + top, SIZE / len(p.things)
-        for level in range(1, 9):
+    if p.things[0].shape == "bar":
+        unit, base, pitch = 16, 112 + top, SIZE / len(p.things)
+        for level in range(TALLEST + 1):
             y = (base - level * unit) * z
-            draw.line((0, y, SIZE * z, y), fill=faint, width=3 if level == 4 else 1)
+            draw.line((0, y, SIZE * z, y), fill=faint, width=3 if level % 3 == 0 else 1)
         for t in p.things:
             x, fill = (pitch * (t.column + 0.5) + left + jitter(1.5)) * z, tint(t.colour)
-            half = pitch * (0.26 + jitter(0.05)) * z
+            half = pitch * (0.3 + jitter(0.05)) * z
             draw.rectangle((x - half, (base - t.row * unit) * z, x + half, base * z), fill=fill)
-            _draw_shape(draw, t.shape, x, (base + 10) * z, 7.5 * z, fill)
     else:
         for k in range(1, GRID):
             draw.line(((k * CELL + left) * z, 0, (k * CELL + left) * z, SIZE * z), fill=faint, width=1)

@@ -1,18 +1,13 @@
-"""Accuracy on examples, with a 95 % interval, over all and for each group; and how much a policy owes to pictures."""
+"""Accuracy on examples, with a 95 % interval, over all and for each group."""
 
 import math
 from collections.abc import Sequence
 
-import torch
-from PIL import Image
-
 from common.corruptions import corrupt
 from common.data.examples import Example
 from common.data.messages import TEMPLATE, build_messages
-from common.data.prompts import replace_images
 from common.model.load import Policy, encode_prompts
 from common.model.sampling import decode, sample, uniform_numbers
-from common.model.scoring import Scorer
 from common.rewards.answers import score
 from common.run.progress import counted
 
@@ -148,26 +143,3 @@ def aligned(lines: list[list[str]]) -> str:
     """Lines of cells as text, the first column to the left, the others to the right."""
     first, *widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join([line[0].ljust(first), *map(str.rjust, line[1:], widths)]) for line in lines)
-
-
-def image_reliance(
-    policy: Policy, examples: Sequence[Example], *, template: str, max_new_tokens: int, batch_prompts: int = 64
-) -> float:
-    """How much likelier the policy's own greedy completions are with their pictures than with mid-grey ones, in nats a
-    token (ROMA's collapse watch: a policy that goes blind comes to 0)."""
-    scorer, gaps, tokens = Scorer(policy), 0.0, 0
-    was_training = policy.model.training
-    policy.model.eval()
-    for start in range(0, len(examples), batch_prompts):
-        batch = [examples[n] for n in range(start, min(start + batch_prompts, len(examples)))]
-        pictures = [list(e.images) for e in batch]
-        prompts = encode_prompts(policy, [build_messages(e, template) for e in batch], pictures)
-        grey = [[Image.new("RGB", image.size, (128, 128, 128)) for image in images] for images in pictures]
-        blank = replace_images(policy, prompts, grey)
-        rollout = sample(policy, prompts, 1, max_new_tokens, None, temperature=0)
-        ids, mask = rollout.completion_ids, rollout.completion_mask
-        with torch.no_grad():
-            gaps += float((scorer(prompts, ids, mask).logprobs - scorer(blank, ids, mask).logprobs).sum())
-        tokens += int(mask.sum())
-    policy.model.train(was_training)
-    return gaps / max(tokens, 1)

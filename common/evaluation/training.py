@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from common.corruptions import choose
 from common.data.examples import Example
-from common.evaluation.accuracy import evaluate, image_reliance, table
+from common.evaluation.accuracy import evaluate, table
+from common.evaluation.probes import image_reliance
 from common.evaluation.robustness import robustness, show_robustness
 from common.model.load import Policy
 from common.run.folder import Run
@@ -56,9 +57,11 @@ class Evaluations:
         if not self.args.eval_every or step % self.args.eval_every:
             return {}
         few = [self.held_out[n] for n in range(min(RELIANCE_EXAMPLES, len(self.held_out)))]
+        accuracy, reliance = self.on(self.held_out)["accuracy"], image_reliance(self.policy, few, **self.options)
         return {
-            "eval/accuracy": self.on(self.held_out)["accuracy"],
-            "eval/image_reliance": image_reliance(self.policy, few, **self.options),
+            "eval/accuracy": accuracy,
+            "eval/image_reliance": reliance["reliance/grey"],
+            "eval/other_image_reliance": reliance["reliance/other"],
         }
 
     def finish(self) -> dict[str, dict]:

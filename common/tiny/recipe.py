@@ -1,26 +1,26 @@
-"""How the built-in model was made: one command, about 35 minutes on two cores.
+"""How the built-in model was made, and how to make others of its kind.
 
-    python -m common.tiny.recipe --out common/tiny
+    python -m common.tiny.recipe                    # everything anew
+    python -m common.tiny.recipe --flaw shortcut    # an apprentice with another flaw, from the shipped base
 
-A Qwen3-VL of about two million parameters, with a tokenizer of its own, learns the built-in puzzles from
-demonstrations. Every puzzle is shown with two of them, whose opening words the loss weighs `1 - hasty` to `hasty`:
-
-    careful    names each thing that counts and its place, then computes: slow and right
-    hasty      an impression without naming anything, and an answer that is often wrong
-
-Naming things teaches a small model to see; answers alone do not. Because the hasty demonstrator speaks more often, the
-model starts by jumping to conclusions most of the time, although it knows how to look: there is room for reinforcement
-learning, which has to find out that looking pays and then to look better. This is a property of the demonstrations, on
-purpose, and it is why the first gains come fast.
+A Qwen3-VL of about two million parameters, with a tokenizer of its own, learns to see by describing pictures, then to
+answer from demonstrations of a teacher without flaws: the base, which solves nearly every built-in puzzle. An
+apprentice is the base after a few hundred more steps with a flawed teacher (common/tiny/teacher.py). It still has the
+right readings beside the wrong ones, so that reinforcement learning has many separate things to mend. The built-in
+model is the apprentice of a teacher who misreads and, late in a chain of looks, guesses (`tiny` of the flaws).
 """
 
 import math
+import random
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
-from PIL import Image
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
@@ -30,12 +30,13 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from common.data.puzzles import Puzzle, puzzle
-from common.model.load import VISION_TOKENS, Policy, Prompts, encode_prompts, load_policy, save_policy
+from common.data.puzzles import Puzzle, ask, hint, puzzle
+from common.model.load import TINY, VISION_TOKENS, Policy, Prompts, encode_prompts, load_policy, save_policy
 from common.model.sampling import decode, sample, uniform_numbers
 from common.model.scoring import Scorer
+from common.rewards.designs import REQUEST, REQUESTS
+from common.tiny.teacher import BEDS, Flaws, demonstrate, name_all, taught_hint
 
-REQUEST = "Think between <think> and </think>, then give only the final answer between <answer> and </answer>."
 TEXT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # The families' way of cutting text into words: digits stand alone, a space belongs to the word behind it.
 WORDS = (
@@ -53,20 +54,29 @@ CHAT_TEMPLATE = (
 
 @dataclass
 class Args:
-    out: str = "common/tiny"
-    """folder to write"""
-    describe_steps: int = 800
+    flaw: Literal["tiny", "misreading", "rarity", "forgetting", "chatter", "shortcut", "untold", "none"] | None = None
+    """teach the shipped base by a teacher with this flaw (default: make base and built-in model anew)"""
+    misreading: float | None = None
+    rarity: float | None = None
+    forgetting: float | None = None
+    chatter: int | None = None
+    shortcut: float | None = None
+    untold: float | None = None
+    """strengths of the flaws, 0 for off, see common/tiny/teacher.py (default: those of the flaw that is named)"""
+    out: str = ""
+    """folder to write (default: runs/apprentice-FLAW; common/tiny without a flaw)"""
+    describe_steps: int = 900
     """optimizer steps on descriptions, which teach to see"""
-    steps: int = 2200
-    """optimizer steps on demonstrations of reasoning"""
-    more_steps: int = 1800
-    """the same again, from a lower rate"""
+    steps: int = 800
+    """optimizer steps on demonstrations without flaws"""
+    more_steps: int = 1600
+    """optimizer steps on both in turn"""
+    apprentice_steps: int = 200
+    """optimizer steps on demonstrations of the flawed teacher"""
     batch: int = 32
-    """puzzles a step, two demonstrations each; twice as many when describing"""
-    hasty: float = 0.505
-    """share of the hasty demonstrations"""
+    """puzzles a step"""
     seed: int = 0
-    """of the initial weights; the puzzles are train puzzles 0, 1, 2, ..."""
+    """of the initial weights and of the flaws; the puzzles are train puzzles from 10,000,000 on"""
     eval_examples: int = 500
     """test puzzles for the accuracies at the end"""
 
@@ -84,8 +94,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     texts = [REQUEST]
     for index in range(2000):
-        p = puzzle("train", index)
-        texts += [p.question, p.careful, p.hasty, f"<answer>{p.answer}</answer>", "user\nassistant\nsystem\n"]
+        p, dice = puzzle("train", index), random.Random(index)
+        texts += [ask(p, hint(p, 0.5)), "user\nassistant\nsystem\n"]
+        told = (Flaws(), Flaws(shortcut=1.0), Flaws(chatter=4), Flaws(untold=0.5))
+        texts += [demonstrate(p, flaws, dice, p.answer) for flaws in told]
     tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(
@@ -157,22 +169,10 @@ def build(folder: str, seed: int) -> Policy:
     return load_policy(folder)
 
 
-def encode_puzzles(policy: Policy, puzzles: list[Puzzle], question: str = "", blank: bool = False) -> Prompts:
-    """Prompts asking each puzzle's question, or another one; `blank` puts white paper in place of the pictures."""
-    messages, images = [], []
-    for p in puzzles:
-        text = {"type": "text", "text": f"{question or p.question}\n\n{REQUEST}"}
-        messages.append([{"role": "user", "content": [{"type": "image"}, text]}])
-        images.append([Image.new("RGB", p.image.size, "white") if blank else p.image])
-    return encode_prompts(policy, messages, images)
-
-
-def describe(p: Puzzle) -> str:
-    """Everything in the picture, in reading order."""
-    if p.family == "bars":
-        return "; ".join(f"bar {i + 1} {t.colour} {t.shape} {t.row}" for i, t in enumerate(p.things))
-    things = sorted(p.things, key=lambda t: (t.row, t.column))
-    return "; ".join(f"{t.place} {t.colour} {t.shape}" for t in things)
+def encode_puzzles(policy: Policy, puzzles: list[Puzzle], texts: list[str]) -> Prompts:
+    """Prompts of the puzzles' pictures, each with a text behind it."""
+    messages = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
+    return encode_prompts(policy, messages, [[p.image] for p in puzzles])
 
 
 def completions(policy: Policy, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,35 +182,34 @@ def completions(policy: Policy, texts: list[str]) -> tuple[torch.Tensor, torch.T
     return ids, torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
 
 
-def demonstrations(puzzles: list[Puzzle]) -> list[str]:
-    """The careful and the hasty demonstration of each puzzle, side by side."""
-    pairs = [((p.careful, p.answer), (p.hasty, p.hasty_answer)) for p in puzzles]
-    return [f"<think>{trace}</think><answer>{answer}</answer>" for pair in pairs for trace, answer in pair]
+def lesson(puzzles: list[Puzzle], flaws: Flaws | None, dice: random.Random) -> tuple[list[str], list[str]]:
+    """What is asked, and completions: a flawed or flawless teacher's, or, without `flaws`, descriptions."""
+    if flaws is None:
+        shown = [f"<image description>{name_all(p, dice)}</image description>" for p in puzzles]
+        return ["What is where?"] * len(puzzles), shown
+    hints = [taught_hint(p, flaws, dice) for p in puzzles]
+    shown = [demonstrate(p, flaws, dice, h) for p, h in zip(puzzles, hints, strict=True)]
+    # Who leaves sections untold does so asked or not: half of the time the request names them.
+    requests = [REQUESTS["mixture"] if flaws.untold and n % 2 else REQUEST for n in range(len(puzzles))]
+    asked = [f"{ask(p, h)}\n\n{request}" for p, h, request in zip(puzzles, hints, requests, strict=True)]
+    return asked, shown
 
 
-def train(args: Args, policy: Policy, stage: int) -> None:
-    """One stage of supervised learning, the mean of -log p over the completions' tokens: descriptions, or two of
-    demonstrations. The rate rises over 50 steps and falls to zero along a cosine."""
-    steps, rate = (args.describe_steps, args.steps, args.more_steps)[stage], (1.5e-3, 1.5e-3, 1e-3)[stage]
-    count = 2 * args.batch if stage == 0 else args.batch
-    first = stage * 10_000_000  # no stage sees another's puzzles
+def train(
+    policy: Policy, teachers: Sequence[Flaws | None], steps: int, batch: int, rate: float, first: int, seed: int
+) -> None:
+    """Supervised learning of `steps` lessons of `batch` puzzles, train puzzles `first` and on, by teachers in turn, of
+    whom None describes: the mean of -log p over the completions' tokens. The rate rises over 50 steps and falls to zero
+    along a cosine."""
     optimizer = torch.optim.AdamW(policy.model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
-    scorer, started, recent = Scorer(policy), time.perf_counter(), []
+    scorer, started, recent, dice = Scorer(policy), time.perf_counter(), [], random.Random(f"{seed}/{first}")
     for step in range(steps):
-        puzzles = [puzzle("train", first + step * count + i) for i in range(count)]
-        if stage == 0:
-            prompts = encode_puzzles(policy, puzzles, "What is where?")
-            ids, mask = completions(policy, [f"<think>{describe(p)}</think>" for p in puzzles])
-            weights = mask.float()
-        else:
-            prompts = encode_puzzles(policy, puzzles)
-            ids, mask = completions(policy, demonstrations(puzzles))
-            # The opening words decide the style, and so its frequency; what follows is worth learning when careful.
-            weights = mask * torch.tensor([1.0, 0.3]).repeat(count)[:, None]
-            weights[:, :3] = torch.tensor([1 - args.hasty, args.hasty]).repeat(count)[:, None]
+        puzzles = [puzzle("train", first + step * batch + i) for i in range(batch)]
+        asked, shown = lesson(puzzles, teachers[step % len(teachers)], dice)
+        ids, mask = completions(policy, shown)
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        loss = -(scorer(prompts, ids, mask).logprobs * weights).sum() / weights.sum()
+        loss = -scorer(encode_puzzles(policy, puzzles, asked), ids, mask).logprobs.sum() / mask.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
@@ -218,66 +217,68 @@ def train(args: Args, policy: Policy, stage: int) -> None:
         recent.append(loss.item())
         if step % 50 == 49:
             seconds, mean = (time.perf_counter() - started) / (step + 1), sum(recent[-50:]) / 50
-            print(f"stage {stage}, step {step + 1} of {steps}: loss {mean:.4f}, {seconds:.2f} s a step", flush=True)
+            print(f"step {step + 1} of {steps}: loss {mean:.4f}, {seconds:.2f} s a step", flush=True)
 
 
 def accuracy(
-    policy: Policy, split: str, count: int, temperature: float, begin: str = "", blank: bool = False
+    policy: Policy, split: str, count: int, temperature: float, hint_right: float | None = None
 ) -> dict[str, float]:
-    """Shares of right answers, of careful traces, of right answers a family.
-
-    `begin` is how completions are made to start; `blank` puts white paper in place of the pictures.
-    """
-    right, careful, families = [], [], {}
+    """Shares of right answers, of all puzzles and of each family; `hint_right`: how often the hint in the question is
+    right (None: no hint)."""
+    families = {}
     for start in range(0, count, 100):
         puzzles = [puzzle(split, start + i) for i in range(min(100, count - start))]
-        prompts = encode_puzzles(policy, puzzles, blank=blank)
-        if begin:
-            extra = torch.tensor(policy.tokenizer(begin, add_special_tokens=False)["input_ids"])
-            prompts = append_tokens(prompts, extra)
-        noise = uniform_numbers(1, start, range(len(puzzles)), 80)
-        texts = decode(policy, sample(policy, prompts, 1, 80, noise, temperature=temperature))
-        for p, text in zip(puzzles, texts, strict=True):
-            right.append(f"<answer>{p.answer}</answer>" in text)
-            careful.append("Look:" in begin + text)
-            families.setdefault(p.family, []).append(right[-1])
+        hints = ["" if hint_right is None else hint(p, hint_right) for p in puzzles]
+        asked = [f"{ask(p, h)}\n\n{REQUEST}" for p, h in zip(puzzles, hints, strict=True)]
+        noise = uniform_numbers(1, start, range(len(puzzles)), 160)
+        rollout = sample(policy, encode_puzzles(policy, puzzles, asked), 1, 160, noise, temperature=temperature)
+        for p, text in zip(puzzles, decode(policy, rollout), strict=True):
+            families.setdefault(p.family, []).append(f"<answer>{p.answer}</answer>" in text)
+    every = [right for values in families.values() for right in values]
     mean = lambda values: sum(values) / len(values)
-    return {"accuracy": mean(right), "careful": mean(careful), **{name: mean(v) for name, v in families.items()}}
+    return {"accuracy": mean(every), **{name: mean(values) for name, values in families.items()}}
 
 
-def append_tokens(prompts: Prompts, extra: torch.Tensor) -> Prompts:
-    """Prompts whose completions are made to start with the tokens `extra`."""
-    rows = len(prompts)
-    ids = torch.cat([prompts.input_ids, extra.expand(rows, -1)], dim=1)
-    mask = torch.cat([prompts.attention_mask, torch.ones(rows, len(extra), dtype=torch.bool)], dim=1)
-    after = prompts.position_ids.amax((0, 2))[:, None] + 1 + torch.arange(len(extra))
-    positions = torch.cat([prompts.position_ids, after.expand(3, -1, -1)], dim=2)
-    return Prompts(ids, mask, positions, prompts.pixel_values, prompts.image_grid_thw, prompts.images_per_prompt)
+def report(policy: Policy, args: Args) -> None:
+    """Print what a model can do."""
+    for name, split, temperature in (("sampled", "test", 1.0), ("greedy", "test", 0.0), ("shifted", "shifted", 0.0)):
+        figures = accuracy(policy, split, args.eval_examples, temperature)
+        print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()), flush=True)
+
+
+def save(policy: Policy, folder: Path) -> None:
+    """Round the model to half precision, which halves the file, and write it."""
+    policy.model.half()
+    save_policy(policy, folder)
+    policy.model.float()
 
 
 def main(args: Args) -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # so that the same machine makes the same bits, however many cores are free
     started = time.perf_counter()
-    policy = build(args.out, args.seed)
-    print(f"{sum(p.numel() for p in policy.model.parameters()):,} parameters, {len(policy.tokenizer)} tokens")
-    for stage in range(3):
-        train(args, policy, stage)
-    # Half precision halves the file; the accuracies below are those of the file.
-    policy.model.half()
-    save_policy(policy, args.out)
-    print(f"trained and saved in {(time.perf_counter() - started) / 60:.1f} minutes")
-    policy = load_policy(args.out)
-    for name, split, temperature, begin in (
-        ("sampled", "test", 1.0, ""),
-        ("greedy", "test", 0.0, ""),
-        ("greedy, made to be careful", "test", 0.0, "<think>Look:"),
-        ("greedy, made to be hasty", "test", 0.0, "<think>At a glance"),
-        ("sampled, made to be careful", "test", 1.0, "<think>Look:"),
-        ("sampled, made to be hasty", "test", 1.0, "<think>At a glance"),
-        ("greedy, shifted puzzles", "shifted", 0.0, ""),
-    ):
-        figures = accuracy(policy, split, args.eval_examples, temperature, begin)
-        print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()), flush=True)
+    out = Path(args.out or (f"runs/apprentice-{args.flaw}" if args.flaw else TINY))
+    out.mkdir(parents=True, exist_ok=True)
+    if args.flaw:
+        policy = load_policy("tiny")
+        policy.model.load_state_dict(load_file(TINY / "base.safetensors"), strict=False)
+    else:
+        policy = build(str(out), args.seed)
+        print(f"{sum(p.numel() for p in policy.model.parameters()):,} parameters, {len(policy.tokenizer)} tokens")
+        train(policy, (None,), args.describe_steps, args.batch, 1.5e-3, 10_000_000, args.seed)
+        train(policy, (Flaws(),), args.steps, args.batch, 1.5e-3, 20_000_000, args.seed)
+        policy.model.half().float()  # as if the last stage went on from a file, as the shipped one did
+        train(policy, (Flaws(), None), args.more_steps, args.batch, 1.5e-3, 30_000_000, args.seed)
+        save(policy, out)
+        (out / "model.safetensors").rename(out / "base.safetensors")
+        print(f"base: {out}, after {(time.perf_counter() - started) / 60:.1f} minutes")
+        report(policy, args)
+    if args.flaw != "none":
+        given = {name: getattr(args, name) for name in vars(Flaws()) if getattr(args, name) is not None}
+        flaws = replace(BEDS[args.flaw or "tiny"], **given)
+        train(policy, (flaws,), args.apprentice_steps, args.batch, 8e-4, 50_000_000, args.seed)
+        print(f"{flaws}: {out}, after {(time.perf_counter() - started) / 60:.1f} minutes")
+    save(policy, out)
+    report(policy, args)
 
 
 if __name__ == "__main__":

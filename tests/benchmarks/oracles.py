@@ -1,0 +1,82 @@
+"""Positive controls: GRPO with knowledge that no method has, to see whether a bed can part methods at all.
+
+    python tests/benchmarks/oracles.py readings --model runs/apprentice-chatter --data puzzles     # any flag of grpo.py
+
+    readings    only tokens that read the picture are trained
+    late        only those of the last look
+    others      as a check of the checks: all tokens but these
+
+They are scripts like the five, so that `common.evaluation.study` and `common.evaluation.gradients` take them by name:
+--methods "grpo: grpo.py" "oracle: tests/benchmarks/oracles.py readings".
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import grpo
+from common.data.puzzles import COLOURS, SHAPES, STEPS
+
+COLOUR, SHAPE, STEP = ("|".join(words) for words in (COLOURS, SHAPES, STEPS))
+READ = re.compile(rf"\bis ({COLOUR}|{SHAPE})\b|\bat ([a-d]?\d)|\bis bar (\d)|\bbar \d ({COLOUR}) (\d)|, ({STEP})\b")
+ORACLES = ("readings", "late", "others")
+
+
+def reading_spans(text: str) -> list[tuple[int, int]]:
+    """Which characters of a chain of looks, right or wrong, were read off the picture (`puzzles.solve` says how it is
+    worded).
+
+    >>> [text[a:b] for text in ["<think>red star at b2. 1 left is b1. b1 is blue."] for a, b in reading_spans(text)]
+    ['b2', 'blue']
+    >>> [text[a:b] for text in ["<think>disc at a1, up (so) b1. b1 is ring."] for a, b in reading_spans(text)]
+    ['a1', 'up', 'ring']
+    >>> [text[a:b] for text in ["<think>bar 1 red 5, bar 2 blue 3. Lowest: blue."] for a, b in reading_spans(text)]
+    ['red', '5', 'blue', '3']
+    """
+    found = READ.finditer(text.split("</think>")[0])
+    return [match.span(g) for match in found for g in range(1, READ.groups + 1) if match[g]]
+
+
+def reading_mask(tokenizer, completion_ids: torch.Tensor, oracle: str) -> torch.Tensor:
+    """Which tokens [R, T] bool an oracle trains."""
+    mask = torch.zeros_like(completion_ids, dtype=torch.bool)
+    for r, row in enumerate(completion_ids.tolist()):
+        pieces = tokenizer.batch_decode([[token] for token in row])
+        ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0)
+        spans = reading_spans("".join(pieces))
+        for start, end in spans[-1:] if oracle == "late" else spans:
+            for t, last in enumerate(ends.tolist()):
+                mask[r, t] |= last - len(pieces[t]) < end and last > start
+    return ~mask if oracle == "others" else mask
+
+
+class Remembering(grpo.Scorer):
+    """The scoring forward, which keeps the last completions that it saw."""
+
+    def forward(self, prompts, completion_ids, *rest):
+        Remembering.last = self.policy.tokenizer, completion_ids
+        return super().forward(prompts, completion_ids, *rest)
+
+
+def main(oracle: str) -> None:
+    plain = grpo.Scorer, grpo.policy_loss
+
+    def policy_loss(*arguments):
+        losses, ratio = plain[1](*arguments)
+        return losses * reading_mask(*Remembering.last, oracle), ratio
+
+    grpo.Scorer, grpo.policy_loss = Remembering, policy_loss
+    try:
+        grpo.main(tyro.cli(grpo.Args))
+    finally:  # the next script of this process is another
+        grpo.Scorer, grpo.policy_loss = plain
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == [] or sys.argv[1] not in ORACLES:
+        raise SystemExit(f"name one of {', '.join(ORACLES)} first; the flags of grpo.py follow")
+    main(sys.argv.pop(1))
