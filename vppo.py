@@ -169,7 +169,7 @@ def visual_dependency(old_logprobs, masked_logprobs, completion_mask: torch.Tens
     """How much each token depends on the image: S [R, T] float32 in [0, 10], 0 outside the mask, without gradient: the
     k3 estimate of KL(image || masked image) on the sampled token (VPPO, eq. 3 by appendix B)."""
     d = torch.where(completion_mask, masked_logprobs - old_logprobs, 0).detach().clamp(-20, 20)
-    return (d.exp() - d - 1).clamp(0, 10)
+    return (d.expm1() - d).clamp(0, 10)
 
 
 @torch.no_grad()

@@ -362,6 +362,18 @@ def test_a_run_that_never_began_is_in_nobodys_way(tmp_path):
     new_run(tmp_path / "run", learning_rate=0.1)
 
 
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    code = "import sys; from tests.test_run import new_run; new_run(sys.argv[1]); print('open', flush=True); input()"
+    command, root = [sys.executable, "-c", code, str(tmp_path / "run")], Path(__file__).parents[1]
+    with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        while "open" not in first.stdout.readline():
+            pass
+        with pytest.raises(SystemExit, match="another process is training in this folder"):
+            new_run(tmp_path / "run")
+        first.kill()
+    new_run(tmp_path / "run")
+
+
 def test_another_runs_folder_is_refused(tmp_path):
     new_run(tmp_path / "run").log(0, LINE)
     with pytest.raises(SystemExit, match="--resume"):

@@ -97,7 +97,7 @@ class Look:
 def visual_dependency(logprobs: torch.Tensor, masked_logprobs: torch.Tensor) -> torch.Tensor:
     """k3 estimate on the sampled tokens, in [0, 10], of any shape (VPPO, eq. 3 by appendix B)."""
     d = (masked_logprobs - logprobs).clamp(-20, 20)
-    return (d.exp() - d - 1).clamp(0, 10)
+    return (d.expm1() - d).clamp(0, 10)
 
 
 def visual_focus(states: torch.Tensor, prompt_states: torch.Tensor, image_mask: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ or a tensor file that is read without running code.
     learning_curve.png, summary.json   at the end
 """
 
+import fcntl
 import json
 import math
 import os
@@ -99,7 +100,7 @@ class Run:
             raise SystemExit(f"--track {args.track}: the package {args.track} is not installed")
         on_main(accelerator, self.open_folder)
         self.stop_requested_at = 0.0
-        self.handlers = {n: signal.signal(n, self.request_stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {n: signal.signal(n, self.request_stop) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def open_folder(self) -> None:
         if self.args.resume:
@@ -111,16 +112,31 @@ class Run:
                 raise SystemExit(f"--steps {self.args.steps}: {self.folder} has done {done} already")
         with one_line(f"--out {self.folder}"):
             # A run that ended before it wrote anything but its arguments (a mistyped flag) is in nobody's way.
-            if not self.args.resume and any(p.is_file() for p in self.folder.rglob("*") if p.name != "args.json"):
+            if not self.args.resume and any(
+                p.is_file() for p in self.folder.rglob("*") if p.name not in ("args.json", ".lock")
+            ):
                 raise SystemExit(
                     f"--out {self.folder}: the folder is not empty; continue that run with --resume {self.folder}, or "
                     "name another folder with --out"
                 )
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self.lock()
             (self.folder / "evaluations").mkdir(exist_ok=True)
             write(self.folder / "args.json", json.dumps(self.settings, indent=1))
             for leftover in self.folder.glob("checkpoints/writing-*"):
                 shutil.rmtree(leftover)
+
+    def lock(self) -> None:
+        """Keep the folder for this process until it ends, however it does.
+
+        Raises:
+            SystemExit: another process writes there.
+        """
+        self.locked = open(self.folder / ".lock", "w")
+        try:
+            fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"--out {self.folder}: another process is training in this folder") from None
 
     def compare_settings(self, settings: dict) -> None:
         try:
@@ -148,7 +164,7 @@ class Run:
         self.accelerator.init_trackers(project, config=flat, init_kwargs=options)
 
     def request_stop(self, number: int, frame) -> None:
-        """SIGINT and SIGTERM: finish the step, save, exit. A second SIGINT interrupts at once."""
+        """SIGINT, SIGTERM, SIGHUP (a lost connection): finish the step, save, exit. A second SIGINT interrupts."""
         now = time.monotonic()
         if self.stop_requested:
             # Launchers pass on a Ctrl-C that the terminal has already sent to every process: that is not a second one.
