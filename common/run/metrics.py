@@ -1,9 +1,9 @@
-"""What each name in metrics.jsonl means; the documentation's table is made from it by `python -m common.run.metrics`."""
+"""What each name in metrics.jsonl means; `python -m common.run.metrics` prints it as the documentation's table."""
 
 from fnmatch import fnmatchcase
 
-# `*` stands for any text, as a term's, a verdict's or a corruption's name. A mean over tokens is one over those that were
-# scored and count in the loss, in all processes.
+# `*` stands for any text, as a term's, a verdict's or a corruption's name. A mean over tokens is one over those that
+# were scored and count in the loss, in all processes.
 METRICS = {
     "reward": "mean of the R rewards",
     "reward_std": "mean over groups of the standard deviation of their rewards",
