@@ -146,7 +146,7 @@ def gradients_of(command: list[str], steps: int, log: Path, truth: torch.Tensor 
     hook = register_optimizer_step_pre_hook(look)
     with tempfile.TemporaryDirectory() as folder, log.open("w") as output:
         sys.argv = [*command, "--steps", str(steps), "--save-every", str(steps), "--eval-every", "0",
-                    "--test-examples", "0", "--out", f"{folder}/run"]  # fmt: skip
+                    "--test-examples", "0", "--no-preflight", "--out", f"{folder}/run"]  # fmt: skip
         try:
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
                 runpy.run_path(str(ROOT / command[0]), run_name="__main__")

@@ -74,7 +74,7 @@ def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> 
         trained_by.write_text(shlex.join(command))
     if not (folder / "summary.json").is_file():
         begun = any(folder.glob("checkpoints/step-*/complete"))
-        execute([*command, "--seed", str(seed), "--test-examples", "0", "--eval-every", "0",
+        execute([*command, "--seed", str(seed), "--test-examples", "0", "--eval-every", "0", "--no-preflight",
                  "--resume" if begun else "--out", path])  # fmt: skip
         if not (folder / "summary.json").is_file():  # a run that was told to stop has saved and ends without an error
             raise SystemExit(f"{name}, seed {seed}: stopped before its end; the same command goes on")
