@@ -12,8 +12,8 @@ import grpo
 from common.data.examples import Example, load_examples
 from common.model.load import load_policy
 from common.model.scoring import Scorer
+from common.run import preflight as module
 from common.run.preflight import chance_level, exchanged, preflight, reference_remarks
-from common.run.preflight import preflight as module
 from tests.small_models import picture, small_folder
 
 ROWS = 100  # of a set, each of which is asked once

@@ -146,7 +146,7 @@ def evaluate_on(args: Args) -> tuple[dict[str, dict], dict[str, dict]]:
         check_model(held["checkpoint"])
     names = ("image_column", "question_column", "answer_column", "kind", "image_root")
     columns = {name: getattr(args, name) for name in names}
-    limit = (500 if args.data == "puzzles" else 0) if args.limit is None else args.limit
+    limit = (500 if args.data.split(":")[0] == "puzzles" else 0) if args.limit is None else args.limit
     examples = load_examples(args.data, args.split, limit=limit or None, **columns)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Settings that change what a cell holds; the models and the cells asked for may differ from what a file has.

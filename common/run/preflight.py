@@ -239,7 +239,7 @@ def answer_remarks(args, policy, examples, rollout: Rollout, say) -> Iterable[tu
         yield "too_easy", f"{right} of {count} completions are right before any training: take harder examples."
     # A policy that reads its pictures is right more often than by chance; one standard error above it is the line.
     spread = math.sqrt(chance * (1 - chance) / len(examples)) if chance is not None else 0
-    if right and chance is not None and len(examples) >= 64 and right / count <= chance + spread:
+    if right and chance is not None and len(examples) >= 64 and right / count <= chance + 2 * spread:
         yield (
             "answers_fit_other_rows",
             f"{right / count:.0%} of the completions are right, and {chance:.0%} would be with the answers of other "
