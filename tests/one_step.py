@@ -23,7 +23,7 @@ def one_step(script, monkeypatch, folder, correct: list, rewards: list, **settin
     given = {"rewards": [float(r) for r in rewards], "accuracy": [float(c) for c in correct], "terms": {}}
     monkeypatch.setattr(script, "reward_completions", lambda *a: reward(*a)._replace(**given))
     args = script.Args(
-        steps=1, prompts_per_step=3, group_size=4, max_completion_length=40, seed=6, test_examples=0, eval_every=0,
+        steps=1, prompts_per_step=3, group_size=4, max_completion_length=40, seed=8, test_examples=0, eval_every=0,
         preflight=False, out=str(folder / "run"), **settings,
     )  # fmt: skip
     script.main(args)

@@ -229,7 +229,7 @@ def test_a_step_descends_equation_7(monkeypatch, tmp_path):
     )
     views = torch.stack([Scorer(policy)(view, ids, mask).logprobs for view in seen["drawn"][2]])
     advantages = standardized(rewards)
-    auxiliary = [roma.draw_views(6, 0, n, args)[1] for n in range(3) for _ in range(4)]
+    auxiliary = [roma.draw_views(8, 0, n, args)[1] for n in range(3) for _ in range(4)]
     gap = clean.detach() - views
     worst = ((-gap).exp() - 1 + gap).clamp(max=10).amax(0)
     right = mask & (torch.tensor(correct) == 1)[:, None]

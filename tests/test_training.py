@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import random
 import signal
@@ -91,7 +92,8 @@ def assert_same_metrics(folder, other) -> None:
         assert one.keys() == two.keys()
         measured = ("seconds", "tokens_per_second", "memory_gib", "cost/")  # what depends on the cut or the machine
         for name in (name for name in one if not name.startswith(measured)):
-            assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5, nan_ok=True), name
+            numbers = [math.nan if line[name] is None else line[name] for line in (one, two)]
+            assert numbers[0] == pytest.approx(numbers[1], rel=1e-3, abs=1e-5, nan_ok=True), name
 
 
 def assert_same_weights(one: dict, other: dict) -> None:

@@ -245,7 +245,7 @@ def learning_rate_too_high(history: list[dict], args: dict) -> str | None:
     early = last(history[:2], "reward"), last(history, "reward", SOON)
     # The first steps' mean has an error of some 0.05 with 64 completions a step; from a quarter on half of it is plain,
     # and where the first update did it, a quarter of what the first step had.
-    if not loss and len(history) >= SOON + 2 and max(early[0]) > 0.25:
+    if not loss and len(history) >= SOON + 2 and max(early[0], default=0) > 0.25:
         if max(early[1]) < max(mean(early[0]) / 2 * (mean(early[0]) > 0.25), max(early[0]) / 4):
             loss = max(early[0]), mean(early[1])
     if not loss:
