@@ -1,0 +1,61 @@
+"""The documentation's links, anchors, commands and flags are those of the code."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tyro
+
+from common.run.settings import parse
+from tests.settings_page import page
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+OWN = ("python ", "accelerate launch ")
+
+
+def anchors(path: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", path.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def commands(path: Path) -> list[str]:
+    """Commands of a page's code blocks, fenced or indented, continued lines joined."""
+    text = path.read_text().replace("\\\n", " ")
+    lines = [line.strip() for line in re.findall(r"^(?:    )?((?:python|accelerate launch) .+)$", text, re.M)]
+    return [line for line in lines if line.startswith(OWN) and "…" not in line and "`" not in line]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if not target.startswith("https://"):
+            file, _, anchor = target.partition("#")
+            there = (path.parent / file).resolve() if file else path
+            assert there.exists(), target
+            assert not anchor or anchor in anchors(there), target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_commands_parse(path):
+    for command in commands(path):
+        words = shlex.split(command, comments=True)
+        script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+        if words[1] == "-m" and words[2].startswith("common."):
+            name = words[2] + ".__main__" if words[2] == "common.evaluation" else words[2]
+            tyro.cli(importlib.import_module(name).Args, args=words[3:])
+        elif words[1] != "-m" and script is not None and words[script] != "mine.py":
+            parse(importlib.import_module(words[script][:-3]).Args, words[script + 1 :])
+
+
+def test_the_readme_is_short_and_keeps_its_test_command():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200
+    assert "-m pytest" in text.partition("<!-- tests -->")[2].partition("<!-- end -->")[0]
+
+
+def test_every_setting_is_on_its_page():
+    assert (ROOT / "docs/settings.md").read_text() == page(), "run python -m tests.settings_page"
