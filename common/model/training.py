@@ -122,14 +122,15 @@ def micro_batches(
     prompt_tokens = batch.prompts.input_ids.shape[1] * len(batch.prompts) * group_size // len(batch.ids)
     longest = lengths.view(-1, group_size).amax(1)[groups].tolist()
     cuts = cut_by_tokens(longest, prompt_tokens, group_size, budget)
+    calls = len(cuts)
+    if accelerator and accelerator.num_processes > 1:  # before the first, since forwards of DDP wait for each other
+        calls = int(accelerator.gather(torch.tensor([calls], device=accelerator.device)).max())
     for cut in cuts:
         yield batch.rows(rows_of([groups[n] for n in cut], group_size), longest[cut[0]])
-    if accelerator and accelerator.num_processes > 1:
-        calls = accelerator.gather(torch.tensor([len(cuts)], device=accelerator.device)).max()
-        for _ in range(int(calls) - len(cuts)):
-            idle = batch.rows(list(range(group_size)), 1)
-            idle.mask = torch.zeros_like(idle.mask)
-            yield idle
+    for _ in range(calls - len(cuts)):
+        idle = batch.rows(list(range(group_size)), 1)
+        idle.mask = torch.zeros_like(idle.mask)
+        yield idle
 
 
 def cut_by_tokens(lengths: list[int], prompt_tokens: int, group_size: int, budget: int) -> list[list[int]]:
