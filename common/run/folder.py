@@ -393,6 +393,8 @@ class Run:
         """End progress bar, tracker and process group; signals do again what they did before the run."""
         self.close_bar()
         end_processes(self.accelerator)
+        if self.main:
+            self.locked.close()  # the folder is free again
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
