@@ -344,9 +344,9 @@ def main(args: Args) -> dict:
                 meter.add("clip_ratio/low_mean", (ratio < 1 - args.clip_low) & (mb.advantages < 0), mb.mask)
                 meter.add("clip_ratio/high_mean", (ratio > 1 + args.clip_high) & (mb.advantages > 0), mb.mask)
             grad_norm = accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
+            meter.add("grad_norm", float(grad_norm))
             if run.check_gradients(grad_norm):
                 optimizer.step()
-                meter.add("grad_norm", float(grad_norm))
             optimizer.zero_grad()
         meter.lap("update")
 

@@ -374,9 +374,9 @@ def main(args: Args) -> dict:
                 meter.add("dependency/kept_share", mb.keep, mb.mask)
                 meter.add("dependency/clamped", mb.dependency >= 10, mb.mask)
             grad_norm = accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
+            meter.add("grad_norm", float(grad_norm))
             if run.check_gradients(grad_norm):
                 optimizer.step()
-                meter.add("grad_norm", float(grad_norm))
             optimizer.zero_grad()
         meter.lap("update")
 

@@ -225,7 +225,7 @@ def test_a_step_descends_equation_7(monkeypatch, tmp_path):
     seen, drawn = {}, roma.corrupted_prompts
     monkeypatch.setattr("roma.corrupted_prompts", lambda *a: seen.setdefault("drawn", drawn(*a)))
     args, logged, policy, _, ids, mask, clean = one_step(
-        roma, monkeypatch, tmp_path, correct, rewards, kl_view_coef=0.3, aux_coef=0.5
+        roma, monkeypatch, tmp_path, correct, rewards, kl_view_coef=0.3, aux_coef=0.5, train_severities=(5,)
     )
     views = torch.stack([Scorer(policy)(view, ids, mask).logprobs for view in seen["drawn"][2]])
     advantages = standardized(rewards)
