@@ -225,7 +225,7 @@ def test_a_step_descends_equation_7(monkeypatch, tmp_path):
     seen, drawn = {}, roma.corrupted_prompts
     monkeypatch.setattr("roma.corrupted_prompts", lambda *a: seen.setdefault("drawn", drawn(*a)))
     args, logged, policy, _, ids, mask, clean = one_step(
-        roma, monkeypatch, tmp_path, correct, rewards, kl_view_coef=0.3, aux_coef=0.5, train_severities=(5,)
+        roma, monkeypatch, tmp_path, correct, rewards, kl_view_coef=3.0, aux_coef=5.0, train_severities=(5,)
     )
     views = torch.stack([Scorer(policy)(view, ids, mask).logprobs for view in seen["drawn"][2]])
     advantages = standardized(rewards)
@@ -235,8 +235,8 @@ def test_a_step_descends_equation_7(monkeypatch, tmp_path):
     right = mask & (torch.tensor(correct) == 1)[:, None]
     terms = {
         "policy": (-advantages * (clean - clean.detach()).exp())[mask].sum() / mask.sum(),
-        "view_kl": 0.3 * worst[right].sum() / mask.sum(),
-        "view_aux": 0.5 * (-advantages * views[auxiliary, range(12)])[right].sum() / mask.sum(),
+        "view_kl": 3.0 * worst[right].sum() / mask.sum(),
+        "view_aux": 5.0 * (-advantages * views[auxiliary, range(12)])[right].sum() / mask.sum(),
     }
     for name, term in terms.items():
         assert logged[f"loss/{name}"] == pytest.approx(term.item(), abs=1e-4)

@@ -322,7 +322,7 @@ def test_what_a_run_leaves_behind(tmp_path):
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-000002"], "the newest one is kept"
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["before"]["count"] == summary["after"]["count"] == 6
-    assert set(summary["after"]["groups"]) == {"sum", "difference", "hop", "path", "bars"}
+    assert set(summary["after"]["groups"]) == {"hop", "path", "pair", "bars", "extreme"}
     assert 0 <= metrics(folder)[0]["eval/accuracy"] <= 1
     assert (folder / "learning_curve.png").stat().st_size > 10_000
     rows = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
