@@ -145,7 +145,7 @@ def test_processes_share_the_examples_out(monkeypatch):
 
     monkeypatch.setattr("accelerate.utils.gather_object", gather)
     for rank in range(3):
-        accelerator = SimpleNamespace(num_processes=3, process_index=rank)
+        accelerator = SimpleNamespace(is_main_process=False, num_processes=3, process_index=rank)
         result = evaluate(None, EXAMPLES, max_new_tokens=8, accelerator=accelerator)
     assert [len(share) for share in shares] == [2, 1, 1]
     assert result == evaluate(None, EXAMPLES, max_new_tokens=8)
