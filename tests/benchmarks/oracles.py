@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import grpo
 from common.data.puzzles import COLOURS, SHAPES, STEPS
+from common.run.settings import parse
 
 COLOUR, SHAPE, STEP = ("|".join(words) for words in (COLOURS, SHAPES, STEPS))
 READ = re.compile(rf"\bis ({COLOUR}|{SHAPE})\b|\bat ([a-d]?\d)|\bis bar (\d)|\bbar \d ({COLOUR}) (\d)|, ({STEP})\b")
@@ -54,26 +54,28 @@ def reading_mask(tokenizer, completion_ids: torch.Tensor, oracle: str) -> torch.
     return ~mask if oracle == "others" else mask
 
 
-class Remembering(grpo.Scorer):
-    """The scoring forward, which keeps the last completions that it saw."""
-
-    def forward(self, prompts, completion_ids, *rest):
-        Remembering.last = self.policy.tokenizer, completion_ids
-        return super().forward(prompts, completion_ids, *rest)
-
-
 def main(oracle: str) -> None:
-    plain = grpo.Scorer, grpo.policy_loss
+    plain, seen = (grpo.prepare, grpo.micro_batches, grpo.policy_loss), {}
+
+    def prepare(*arguments):
+        found = plain[0](*arguments)
+        seen["tokenizer"] = found[0].tokenizer
+        return found
+
+    def micro_batches(*arguments):
+        for mb in plain[1](*arguments):
+            seen["ids"] = mb.ids  # of the completions that the loss is about to be taken of
+            yield mb
 
     def policy_loss(*arguments):
-        losses, ratio = plain[1](*arguments)
-        return losses * reading_mask(*Remembering.last, oracle), ratio
+        losses, ratio = plain[2](*arguments)
+        return losses * reading_mask(seen["tokenizer"], seen["ids"], oracle), ratio
 
-    grpo.Scorer, grpo.policy_loss = Remembering, policy_loss
+    grpo.prepare, grpo.micro_batches, grpo.policy_loss = prepare, micro_batches, policy_loss
     try:
-        grpo.main(tyro.cli(grpo.Args))
+        grpo.main(parse(grpo.Args))
     finally:  # the next script of this process is another
-        grpo.Scorer, grpo.policy_loss = plain
+        grpo.prepare, grpo.micro_batches, grpo.policy_loss = plain
 
 
 if __name__ == "__main__":
