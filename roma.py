@@ -13,10 +13,10 @@ baseline: a completion is reinforced as far as it beats its siblings.
                  D^k_rt = e^-d - 1 + d, d = (logprob_rt without gradient) - view_logprob^k_rt, j one of the K at random
     loss         the mean of q + v over the tokens of the whole optimizer step (`loss_type` dapo; others below)
 
-ROMA (Liu et al. 2026, arXiv 2605.09262; read as an abstract only: what that leaves open is chosen here) samples and
-compares completions on clean images: on a degraded one it would pay to invent. The same tokens are scored under K
-corrupted views; where the answer was right, at each token the view that deviates most is pulled to the clean
-distribution, and one view gets a policy gradient of its own with the clean advantage. V rows have views.
+ROMA (Liu et al. 2026, arXiv 2605.09262; its public full text could not be read here, what its abstract leaves open is
+chosen) samples and compares completions on clean images: on a degraded one it would pay to invent. Tokens are scored
+under K corrupted views too; where the answer was right, at each token the view that deviates most is pulled to the
+clean distribution, and one view gets a policy gradient of its own with the clean advantage. V rows have views.
 
 GRPO is of DeepSeekMath (Shao et al. 2024, arXiv 2402.03300); its variants go by the field's names: token-level
 loss and clip-higher (DAPO, 2503.14476), no length and no difficulty bias (Dr. GRPO, 2503.20783), sequence-level ratios
