@@ -122,7 +122,7 @@ def main(args: Args) -> None:
             if begun and file.read_text() != shlex.join(commands[name]):
                 raise SystemExit(f"--methods {method!r}: {file} says it was `{file.read_text()}`; use another --out")
     if args.corruptions:
-        check_corruptions("--corruptions", args.corruptions, "--severities", args.severities)
+        check_corruptions(args.corruptions, args.severities)
     if args.jobs < 1 or args.limit < 1 or not args.methods or not args.seeds or not args.splits or args.look < 0:
         raise SystemExit("--jobs, --limit, --methods, --seeds, --splits: at least one of each; --look: at least 0")
     if len(set(args.seeds)) < len(args.seeds):
