@@ -242,7 +242,7 @@ def score_with_views(scorer, batch: Batch, args: Args):
     own, viewed = (rows.nonzero()[:, 0].tolist() for rows in (batch.clean, batch.regularized))
     own = own or ([] if viewed else list(range(len(batch.ids))))
     members = [row // args.group_size for row in own[:: args.group_size]]
-    packed, rows, prompt_of_row = pack_views(batch.prompts, batch.views, members, viewed, args.group_size)
+    packed, rows, prompt_of_row = pack_views(batch, members, viewed, args.group_size)
     scores = scorer(packed, batch.ids[rows], batch.completion_mask[rows], args.temperature, prompt_of_row)
     logprobs, view_logprobs = scores.logprobs.split([len(own), len(rows) - len(own)])
     del batch.prompts, batch.views

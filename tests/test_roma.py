@@ -14,7 +14,7 @@ from common.corruptions import SEEN
 from common.data.prompts import replace_images
 from common.model.sampling import sample, uniform_numbers
 from common.model.scoring import Scorer
-from common.model.training import pack_views, rows_of
+from common.model.training import Batch, pack_views, rows_of
 from tests.one_step import gradient_norm, one_step, standardized
 from tests.small_models import small_policy, small_prompts
 
@@ -193,7 +193,8 @@ def test_packed_views_equal_each_view_scored_alone(family):
     views = [replace_images(policy, prompts, pictures) for pictures in other]
     scorer, members = Scorer(policy), [2, 0]
     own = rows_of(members, 3)
-    packed, rows, prompt_of_row = pack_views(prompts, views, members, viewed, group_size=3)
+    batch = Batch(prompts=prompts, views=views, ids=ids)
+    packed, rows, prompt_of_row = pack_views(batch, members, viewed, group_size=3)
     assert rows == [6, 7, 8, 0, 1, 2, 1, 6, 8, 1, 6, 8]
     scores = scorer(packed, ids[rows], mask[rows], 1.0, prompt_of_row).logprobs
     clean = scorer(prompts.select(members), ids[own], mask[own]).logprobs
