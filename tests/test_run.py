@@ -40,6 +40,7 @@ class Args:
     group_size: int = 2
     eval_every: int = 0
     eval_examples: int = 200
+    anneal: bool = False
 
 
 def new_run(folder, **kwargs) -> Run:
@@ -385,6 +386,9 @@ def test_another_runs_folder_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="leave out --out"):
         new_run(tmp_path / "other", resume=str(tmp_path / "run"))
     new_run(tmp_path / "run", resume=str(tmp_path / "run"), steps=20)
+    new_run(tmp_path / "annealed", anneal=True)
+    with pytest.raises(SystemExit, match="--steps was 10 there and is 20 now"):  # levels would jump
+        new_run(tmp_path / "annealed", resume=str(tmp_path / "annealed"), steps=20, anneal=True)
     (tmp_path / "run" / "checkpoints" / "step-000007").mkdir()
     with pytest.raises(SystemExit, match=r"--steps 6: .*run has done 7 already"):
         new_run(tmp_path / "run", resume=str(tmp_path / "run"), steps=6)

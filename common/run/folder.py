@@ -144,7 +144,8 @@ class Run:
         except OSError:
             raise SystemExit(f"--resume {self.folder}: no run there (args.json is missing)") from None
         for name, value in json.loads(json.dumps(settings)).items():
-            if name not in MAY_CHANGE and name in before and before[name] != value:
+            bound = name not in MAY_CHANGE or (name == "steps" and settings.get("anneal"))  # whose levels follow them
+            if bound and name in before and before[name] != value:
                 flag = "--" + name.replace("_", "-")
                 raise SystemExit(f"--resume {self.folder}: {flag} was {before[name]!r} there and is {value!r} now")
 
