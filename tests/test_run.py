@@ -242,7 +242,7 @@ def test_signals_ask_for_a_stop_and_the_second_interrupts(tmp_path, capfd):
     run.stopped(3)
     said = capfd.readouterr()
     assert said.err.count("stopping: this step is finished and saved first") == 1
-    assert f"stopped after step 3 and saved; go on by the same command with --resume {tmp_path / 'run'}" in said.out
+    assert f"stopped after step 3 and saved; go on with test.py --resume {tmp_path / 'run'}" in said.out
     assert signal.getsignal(signal.SIGINT) is handler, "signals are the caller's again"
 
 

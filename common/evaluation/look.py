@@ -30,11 +30,11 @@ from common.data.examples import Example, load_examples
 from common.data.messages import TEMPLATE, build_messages, check_template
 from common.evaluation.accuracy import aligned
 from common.evaluation.robustness import bootstrap
-from common.model.load import Policy, encode_prompts, load_policy, process_images
+from common.model.load import Policy, encode_prompts, load_policy, newest_checkpoint, process_images
 from common.model.sampling import decode, sample, uniform_numbers
 from common.model.scoring import Scorer
 from common.rewards.answers import score
-from common.run.checkpoints import newest_checkpoint, settings_of
+from common.run.checkpoints import settings_of
 from common.run.files import write
 from common.run.settings import Count, Natural, PositiveShare, Weight, check_ranges
 

@@ -34,6 +34,24 @@ def write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def read_arguments(asked: str, folder: Path) -> dict:
+    """What the run in `folder` was started with; `asked` is the flag that names it.
+
+    Raises:
+        SystemExit: there is no run, or its args.json is damaged.
+    """
+    try:
+        held = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SystemExit(f"{asked}: no run there (args.json is missing)") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
+        raise SystemExit(f"{asked}: {folder / 'args.json'} cannot be read ({reason})") from None
+    if not isinstance(held, dict):
+        raise SystemExit(f"{asked}: {folder / 'args.json'} cannot be read (it holds no settings)")
+    return held
+
+
 def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
