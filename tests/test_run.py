@@ -132,7 +132,7 @@ def test_a_disk_that_is_full_costs_no_checkpoint(limit, part, tmp_path):
     before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # a file that grows beyond fails as on a full disk
     try:
-        with pytest.raises(SystemExit, match=r"step-000002: cannot be written \([^\n]*\); checkpoints that are there"):
+        with pytest.raises(SystemExit, match=r"step-000002: cannot be written \([^\n]*\); what was there stays"):
             run.save(2, policy, optimizer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))

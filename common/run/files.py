@@ -16,8 +16,10 @@ def one_line(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # as torch.save and safetensors report a failed write
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise SystemExit(f"{what}: cannot be written ({reason}); checkpoints that are there stay") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+        if "inline_container" in reason or "PytorchStreamWriter" in reason:  # torch.save does not say what failed
+            reason = "a file could not be written to its end; see whether the disk is full"
+        raise SystemExit(f"{what}: cannot be written ({reason.splitlines()[0]}); what was there stays") from None
 
 
 def append(path: Path, rows: list[dict]) -> None:

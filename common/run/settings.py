@@ -120,8 +120,26 @@ def launch(main: Callable[[T], object], settings: type[T]) -> None:
     try:
         with memory_advice():
             main(parse(settings))
+    except KeyboardInterrupt:
+        close_bars()
+        line = "interrupted; what was saved before stays, and --resume with the run's folder goes on from there"
+        print(line, file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
     finally:
         close_bars()  # a last line of error begins a line
+
+
+def command_line(main: Callable[[T], object], arguments: type[T], advice: str = "--batch-prompts or --limit") -> None:
+    """Run a module's `main` with its arguments from the command line; what interrupts it is a line."""
+    try:
+        with memory_advice(advice):
+            main(tyro.cli(arguments))
+    except KeyboardInterrupt:
+        close_bars()
+        print("interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+    finally:
+        close_bars()
 
 
 def parse(settings: type[T], arguments: list[str] | None = None) -> T:
@@ -228,7 +246,8 @@ def ranges_in(hint: object) -> list[Range]:
 
 
 # How running out of memory reads: as torch, the CUDA runtime or its libraries, and the CPU's allocator put it.
-OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory")
+OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory", "Cannot allocate memory", "bad_alloc")
+OUT_OF_MEMORY += ("could not create a primitive", "could not create a memory")  # oneDNN's
 TRAINING_ADVICE = (
     "--micro-batch-tokens (scoring and update), --prompts-per-step (sampling), --max-completion-length or --group-size "
     "(all of it) or --max-pixels (images), or train with --lora-rank"
@@ -240,7 +259,7 @@ def memory_advice(advice: str = TRAINING_ADVICE) -> Iterator[None]:
     """Out of memory ends in one line that names what to lower; saved checkpoints stay. Also a decorator."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         text = " ".join(str(error).split())
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(x in text for x in OUT_OF_MEMORY):
             raise
