@@ -9,8 +9,8 @@ baseline: a completion is reinforced as far as it beats its siblings.
 NoisyGRPO (Qiu et al. 2025, arXiv 2510.21122) samples each completion on its own noisy copy of the image and trains it
 on the clean one. The advantage is a posterior's mean: the noise level gives the prior (the less the better), the reward
 the observation, trusted the more the further a group's rewards lie apart. The authors train with `--loss-type grpo
---clip-high 0.2 --group-size 4`. NoisyRollout (2504.13055), but with a noise for each completion, is `--noise-levels 0
-0.5 --posterior none --anneal --kl-coef 0`.
+--clip-high 0.2 --group-size 4`. NoisyRollout (2504.13055) is near `--noise-levels 0 0.5 --posterior none --anneal
+--kl-coef 0`; docs/noisy_grpo.md says what differs.
 
     noise        image_r = sqrt(abar_t) image + sqrt(1 - abar_t) eps, t = 1000 n_r, n_r the noise level of completion r
     z(x)         (x - mean of its group) / (s(x) + eps), s the standard deviation of its group
@@ -235,21 +235,20 @@ def posterior_advantages(rewards: torch.Tensor, levels: torch.Tensor, args: Args
     likelihood_var = torch.full_like(by_spread, args.lik_var) if args.posterior == "fixed" else by_spread
     weight = likelihood_var / (args.prior_var + likelihood_var)  # [N, 1]
     mean = (1 - weight) * group_z(groups, eps) + weight * group_z(1 - levels.double().view_as(groups), eps)
-    advantages = group_z(mean, eps)
-    if args.tie_mode != "keep":
-        tied = groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True) <= 1e-6
-        advantages = torch.where(tied, 0 if args.tie_mode == "skip" else mean, advantages)
+    tied = (groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True) <= 1e-6) & (args.tie_mode != "keep")
+    advantages = torch.where(tied, 0 if args.tie_mode == "skip" else mean, group_z(mean, eps))
     return advantages.flatten().float(), weight[:, 0].float()
 
 
 def noisy_prompts(policy, examples, prompts, step: int, places: list[int], args: Args):
-    """Examples and prompts as drawn, noise levels [R], and a prompt a row that sees its noisy copy of the pictures."""
+    """Examples as drawn, prompts to train on, noise levels [R], and a prompt a row that sees its noisy pictures."""
     levels, pictures = np.stack([levels_of(step, place, args) for place in places]), []  # [N, G]
+    levels[[not example.images for example in examples]] = 0  # without a picture there is no noise to judge by
     for (n, g), level in np.ndenumerate(levels * args.noise_images):
         dice = np.random.default_rng([args.seed, step, places[n], 1 + g])
         pictures.append([noisy_image(image, level, dice, args.to_bytes) for image in examples[n].images])
-    noisy = prompts.select(np.arange(len(places)).repeat(args.group_size).tolist())
-    return examples, prompts, torch.from_numpy(levels).float().flatten(), replace_images(policy, noisy, pictures)
+    noisy = replace_images(policy, prompts.select((np.arange(levels.size) // args.group_size).tolist()), pictures)
+    return examples, prompts if args.update_image == "clean" else noisy, torch.tensor(levels).float().flatten(), noisy
 
 
 # === The run ===
@@ -310,9 +309,10 @@ def main(args: Args) -> dict:
         if args.posterior != "none":
             advantages, prior_weights = posterior_advantages(rewards, levels.to(device), args)
             meter.add("prior_weight", prior_weights)
+        pictured = torch.tensor([bool(example.images) for example in asked], device=device)  # [R]
         for g, level in enumerate(np.resize(args.noise_levels, args.group_size) if args.noise_draw == "ladder" else ()):
-            meter.add(f"noise/{level:.2f}/reward", rewards[g :: args.group_size])
-            meter.add(f"noise/{level:.2f}/advantage", advantages[g :: args.group_size])
+            meter.add(f"noise/{level:.2f}/reward", rewards[g :: args.group_size], pictured[g :: args.group_size])
+            meter.add(f"noise/{level:.2f}/advantage", advantages[g :: args.group_size], pictured[g :: args.group_size])
         kept = kept_groups(rewards, accuracy, args.group_size, args.filter_groups)  # [N] groups that count
         mask = completion_mask & kept.repeat_interleave(args.group_size)[:, None]  # [R, T] tokens that count
         if args.mask_truncated_completions:
@@ -323,7 +323,7 @@ def main(args: Args) -> dict:
 
         # === Views: everything else that the loss compares the scores with ===
         batch = Batch(
-            prompts=prompts if args.update_image == "clean" else noisy,
+            prompts=prompts,
             ids=ids,
             completion_mask=completion_mask,
             mask=mask,
@@ -388,6 +388,8 @@ def check(args: Args) -> None:
     check_settings(args)
     if args.delta and args.delta <= 1 + args.clip_high:
         raise SystemExit(f"--delta {args.delta}: must exceed 1 + --clip-high {args.clip_high}")
+    if args.posterior != "none" and args.scale_rewards != "group":
+        raise SystemExit(f"--scale-rewards {args.scale_rewards}: needs --posterior none, which alone scales otherwise")
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ class Args(Settings):
     filter_groups: Literal["none", "reward", "accuracy"] = "none"
     """leave groups without reward variance, or all right or all wrong, out of the loss's denominators too"""
     num_views: Count = 2  # K: corrupted views of each prompt's images
-    kl_view_coef: Weight = 0.3  # weight of the divergence of the worst view from the clean one (0: no such term)
-    aux_coef: Weight = 0.3  # weight of the policy gradient on one view (0: no such term)
+    kl_view_coef: Weight | None = None  # weight of the worst view's divergence (default: 0.3 built-in model, else 0.1)
+    aux_coef: Weight | None = None  # weight of the policy gradient on one view (default: 0.3 built-in model, else 0.1)
     kl_worst_case: Literal["token", "sequence", "mean"] = "token"  # of views; `mean` over them is an ablation
     view_gate: Literal["correct", "none"] = "correct"  # rows that the terms act on: right ones, or (ablation) all
     train_corruptions: tuple[str, ...] = ("seen",)  # names of common/corruptions.py, `seen`, `unseen`, `all`

@@ -6,10 +6,9 @@
 For each prompt (image and question) sample G completions, score each with a rule, and take the group's own mean for a
 baseline: a completion is reinforced as far as it beats its siblings.
 
-VPPO (Huang et al. 2025, arXiv 2510.09285) scores completions again with random patches of the image black. The tokens
-whose log-probability depends most on the image take part in the policy gradient, and completions that depend more count
-more. The authors train with DAPO's group filter, as here, and `--delta 3 --top-p 0.99`. With `--keep-fraction 1
---beta-min 1` this is DAPO with the same entropy penalty.
+VPPO (Huang et al. 2025, arXiv 2510.09285) scores completions again with random image patches black. The tokens whose
+log-probability depends most on the image take part in the policy gradient, and completions that depend more count more.
+The authors train with `--delta 3 --top-p 0.99`. `--keep-fraction 1 --beta-min 1` is DAPO with the same entropy penalty.
 
     dependency   S_rt = e^d - d - 1, d = (logprob_rt with the masked image) - (logprob_rt), both of the sampling policy
     filter       keep_rt = 1 for the keep_fraction of the tokens of completion r with the largest S
@@ -193,7 +192,6 @@ def visual_dependency(old_logprobs, masked_logprobs, completion_mask: torch.Tens
     return (d.expm1() - d).clamp(0, 10)
 
 
-@torch.no_grad()
 def vocabulary_divergence(hidden, masked_hidden, head, banned: torch.Tensor, temperature: float) -> torch.Tensor:
     """KL(image || masked image) over the vocabulary (VPPO, eq. 3), [Z] float32, of both views' hidden states [Z, H],
     the output head [V, H] and the words [V] that are never drawn; in chunks, so that no [Z, V] is kept."""
@@ -210,14 +208,13 @@ def row_mean(dependency: torch.Tensor, completion_mask: torch.Tensor) -> torch.T
     return (dependency * completion_mask).sum(1) / completion_mask.sum(1).clamp(min=1)
 
 
-def shaping_factors(row_dependency, low, mean, high: torch.Tensor, args: Args) -> torch.Tensor:
-    """What advantages [R] are multiplied by (VPPO, eq. 5), from beta_min upwards; `low`, `mean`, `high` are those of
-    all rows of the optimizer step. With the dynamic beta_max their mean factor is 1. Rows that depend alike get 1."""
-    if high - low <= 1e-6:
+def shaping_factors(row_dependency, seen: torch.Tensor, args: Args) -> torch.Tensor:
+    """What advantages [R] are multiplied by (VPPO, eq. 5), from beta_min upwards; `seen` [S] is the dependency of all
+    rows of the step that count. With the dynamic beta_max their mean factor is 1. Rows that depend alike get 1."""
+    if not len(seen) or seen.amax() - seen.amin() <= 1e-6:
         return torch.ones_like(row_dependency)
-    if args.beta_max:
-        return args.beta_min + (args.beta_max - args.beta_min) * (row_dependency - low) / (high - low)
-    return args.beta_min + (1 - args.beta_min) * (row_dependency - low) / (mean - low)
+    point, factor = (seen.amax(), args.beta_max) if args.beta_max else (seen.mean(), 1)  # of the line from the least
+    return args.beta_min + (factor - args.beta_min) * (row_dependency - seen.amin()) / (point - seen.amin())
 
 
 def token_filter(dependency: torch.Tensor, completion_mask: torch.Tensor, keep_fraction: float) -> torch.Tensor:
@@ -252,8 +249,9 @@ def masked_prompts(prompts, policy, step: int, places: list[int], args: Args):
 
 
 @torch.no_grad()
-def token_dependency(scorer, policy, batch: Batch, masked, args: Args) -> torch.Tensor:
-    """Dependency S [R, T] of the trained rows' tokens: what `masked` prompts in place of the batch's do to them."""
+def token_dependency(scorer, policy, batch: Batch, step: int, places: list[int], args: Args) -> torch.Tensor:
+    """Dependency S [R, T] of the trained rows' tokens: what masked prompts in place of the batch's do to them."""
+    masked = masked_prompts(batch.prompts, policy, step, places, args)
     view = Batch(**{**vars(batch), "prompts": masked, "clean": batch.prompts})
     if args.dependency == "k3":
         old_logprobs = batch.sampled_logprobs if batch.old_logprobs is None else batch.old_logprobs
@@ -351,12 +349,14 @@ def main(args: Args) -> dict:
             batch.ref_logprobs = score_rows(reference, batch, args.temperature, args.micro_batch_tokens)
         batch.dependency = torch.zeros_like(rollout.logprobs)  # [R, T]
         if args.keep_fraction < 1 or args.beta_min < 1 or args.beta_max:
-            masked = masked_prompts(prompts, policy, step, places, args)
-            batch.dependency = token_dependency(scorer, policy, batch, masked, args)
+            batch.dependency = token_dependency(scorer, policy, batch, step, places, args)
         batch.row_dependency = row_mean(batch.dependency, completion_mask)  # [R]
-        batch.keep = token_filter(batch.dependency, completion_mask, args.keep_fraction)  # [R, T]
+        blind = torch.tensor([not example.images for example in asked], device=device)  # [R]
+        batch.keep = token_filter(batch.dependency, completion_mask, args.keep_fraction) | blind[:, None]  # [R, T]
+        batch.seen = batch.trained & mask.any(1) & ~blind  # [R] rows whose dependency counts
+        meter.add("dependency/no_picture", blind)
         for name, right in (("right", accuracy == 1), ("wrong", accuracy < 1)):
-            meter.add(f"dependency/{name}", batch.row_dependency[batch.trained & right])
+            meter.add(f"dependency/{name}", batch.row_dependency[batch.seen & right])
 
         # === Update ===
         for part in batch.split(args.updates_per_rollout) * args.epochs_per_rollout:
@@ -364,18 +364,18 @@ def main(args: Args) -> dict:
             meter.total("updates_skipped", (trained_rows == 0) / accelerator.num_processes)
             if not trained_rows:
                 continue
-            seen = accelerator.gather(part.row_dependency)[accelerator.gather(part.trained)]
-            shaping = shaping_factors(part.row_dependency, seen.amin(), seen.mean(), seen.amax(), args)  # [R]
-            part.advantages = part.advantages * shaping[:, None]
-            meter.add("shaping/mean", shaping[part.trained])
-            meter.extremes("shaping/min", "shaping/max", shaping[part.trained])
+            seen = accelerator.gather(part.row_dependency)[accelerator.gather(part.seen)]
+            shaping = torch.where(part.seen, shaping_factors(part.row_dependency, seen, args), 1)  # [R]
+            part.advantages = (advantages[part.number] * shaping)[:, None] * part.keep  # [R, T]
+            meter.add("shaping/mean", shaping[part.seen])
+            meter.extremes("shaping/min", "shaping/max", shaping[part.seen])
             for mb in micro_batches(part, args.group_size, args.micro_batch_tokens, accelerator):
                 scores = scorer(mb.prompts, mb.ids, mb.completion_mask, args.temperature)
                 old_logprobs = scores.logprobs.detach() if mb.old_logprobs is None else mb.old_logprobs
                 losses, ratio = policy_loss(scores.logprobs, old_logprobs, mb.advantages, mb.mask, args)
                 if args.tis_cap:
                     losses = losses * importance_weights(old_logprobs, mb.sampled_logprobs, args.tis_cap)
-                losses = losses * mb.keep - args.entropy_coef * scores.logprobs
+                losses = losses - args.entropy_coef * scores.logprobs
                 if args.kl_coef:
                     kl = k3_divergence(scores.logprobs, mb.ref_logprobs)
                     losses = losses + args.kl_coef * kl
@@ -386,8 +386,8 @@ def main(args: Args) -> dict:
                 meter.total("loss", loss / updates)
                 meter.add("entropy", scores.entropy, mb.mask)
                 meter.add("mismatch", (old_logprobs - mb.sampled_logprobs).abs(), mb.mask)
-                meter.add("clip_ratio/low_mean", (ratio < 1 - args.clip_low) & (mb.advantages < 0) & mb.keep, mb.mask)
-                meter.add("clip_ratio/high_mean", (ratio > 1 + args.clip_high) & (mb.advantages > 0) & mb.keep, mb.mask)
+                meter.add("clip_ratio/low_mean", (ratio < 1 - args.clip_low) & (mb.advantages < 0), mb.mask)
+                meter.add("clip_ratio/high_mean", (ratio > 1 + args.clip_high) & (mb.advantages > 0), mb.mask)
                 meter.add("nll", -scores.logprobs, mb.mask)
                 meter.add("dependency", mb.dependency, mb.mask)
                 meter.add("dependency/kept", mb.dependency, mb.mask & mb.keep)

@@ -286,3 +286,8 @@ def test_each_ablation_trains_differently(tmp_path):
 def test_bad_flags_are_one_line(settings, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         roma.main(roma.Args(out=str(tmp_path / "x"), **settings))
+
+
+def test_the_coefficients_are_those_of_the_model():
+    assert [roma.Args(model=m).kl_view_coef for m in ("tiny", "Qwen/Qwen3-VL-4B")] == [0.3, 0.1]
+    assert roma.Args(model="Qwen/Qwen3-VL-4B", aux_coef=0.0).aux_coef == 0, "0 is a value"

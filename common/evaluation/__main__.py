@@ -30,8 +30,8 @@ from common.evaluation.robustness import (
     robustness_table,
     write_results,
 )
-from common.model.load import TINY, check_model, load_policy
-from common.run.checkpoints import newest_checkpoint, settings_of
+from common.model.load import TINY, check_model, load_policy, newest_checkpoint
+from common.run.checkpoints import settings_of
 from common.run.files import checksum
 from common.run.settings import Count, Natural, Weight, check_ranges, memory_advice
 
