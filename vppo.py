@@ -35,7 +35,7 @@ import torch
 from common.data.prompts import draw_prompts, fitting_prompts, load_splits, local_places, prefetch
 from common.evaluation.training import Evaluations
 from common.model.sampling import decode, sample, uniform_numbers
-from common.model.training import Batch, micro_batches, prepare, rows_of, score_rows, total_counts
+from common.model.training import Batch, micro_batches, prepare, rate_at, rows_of, score_rows, total_counts
 from common.rewards.designs import check_tokenizer, overlong_penalty, reward_completions
 from common.run.folder import start_run
 from common.run.settings import Count, Group, Positive, PositiveShare, Settings, Share, Weight, check_settings, launch
@@ -47,7 +47,9 @@ class Args(Settings):
     group_size: Group = 8  # G: completions a prompt
     max_completion_length: Count | None = None  # in tokens (default: 72 for the built-in model, else 2048)
     temperature: Positive = 1.0  # of sampling; log-probabilities are taken at it
-    learning_rate: Weight | None = None  # constant rate of AdamW (default: 3e-5 for the built-in model, else 1e-6)
+    learning_rate: Weight | None = None  # highest rate of AdamW (default: 3e-5 for the built-in model, else 1e-6)
+    warmup_steps: Count = 1  # steps over which the rate rises to that (1: none)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"  # how it falls to 0 over the others
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm
     updates_per_rollout: Count = 1  # optimizer steps that a rollout's prompts are divided over
     epochs_per_rollout: Count = 1  # passes over a rollout
@@ -359,6 +361,7 @@ def main(args: Args) -> dict:
             meter.add(f"dependency/{name}", batch.row_dependency[batch.seen & right])
 
         # === Update ===
+        optimizer.param_groups[0]["lr"] = rate_at(args, step)
         for part in batch.split(args.updates_per_rollout) * args.epochs_per_rollout:
             rows, tokens, trained_rows = total_counts(part, accelerator)  # the means' denominators, over all processes
             meter.total("updates_skipped", (trained_rows == 0) / accelerator.num_processes)
@@ -402,7 +405,7 @@ def main(args: Args) -> dict:
         meter.lap("update")
 
         # === Log ===
-        metrics = {**meter.reduce(), "lr": args.learning_rate}
+        metrics = {**meter.reduce(), "lr": optimizer.param_groups[0]["lr"]}
         run.log(step, metrics | evaluations.during(step + 1))
         run.show(step, asked, rollout, completions, scored.terms, rewards, advantages, batch)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from common.data.examples import PUZZLE_COUNT, Example, load_examples
 from common.data.messages import TEMPLATE
 from common.evaluation import __main__ as command
 from common.evaluation.__main__ import Args, main, mark
-from common.evaluation.accuracy import evaluate, interval, summarize, table
+from common.evaluation.accuracy import evaluate, interval, pass_at, summarize, table
 from common.evaluation.probes import image_reliance
 from common.evaluation.robustness import bootstrap, robustness, robustness_summary, robustness_table, show_robustness
 from common.model.load import TINY, load_policy, newest_checkpoint
@@ -46,6 +47,24 @@ def test_several_samples_of_an_example_count_as_one_observation():
     theirs = norm.interval(0.95, loc=0.5, scale=float(deviation))
     assert interval(means, binary=False) == pytest.approx(theirs, abs=1e-6)
     assert interval([1.0] * 5, binary=False) == interval([1.0] * 5, binary=True), "five right answers prove little"
+
+
+def test_of_several_samples_one_may_be_enough():
+    """Two of four right: of the six pairs one is wrong twice."""
+    result = summarize([row("", 1, 1, 0, 0), row("", 0, 0, 0, 0)])
+    assert result["accuracy"] == 0.25 and result["pass@2"] == pytest.approx(5 / 12) and result["pass@4"] == 0.5
+    header, line = table({"a": result}).splitlines()
+    assert header.split()[5:7] == ["pass@2", "pass@4"] and line.split()[5:7] == ["41.7", "50.0"]
+    assert "pass@1" not in summarize([row("", 1)])
+
+
+def test_pass_at_k_is_the_mean_over_every_choice_of_k_samples():
+    verdicts = [[float(i < right) for i in range(6)] for right in (0, 1, 2, 5, 6)]
+    found = pass_at(verdicts)
+    assert list(found) == ["pass@2", "pass@4", "pass@6"]
+    for k in (2, 4, 6):
+        chosen = [np.mean([any(choice) for choice in combinations(v, k)]) for v in verdicts]
+        assert found[f"pass@{k}"] == pytest.approx(np.mean(chosen))
 
 
 def test_groups_and_table():

@@ -49,7 +49,7 @@ class Args:
     limit: Natural | None = None
     """examples, the first of the split (default: 500 puzzles, all of any other set; 0: all)"""
     samples: Count = 1
-    """completions an example; their mean accuracy counts"""
+    """completions an example; their mean accuracy counts, and pass@k stands beside it"""
     temperature: Weight = 0.0
     """0: greedy"""
     max_completion_length: Natural = 0

@@ -30,7 +30,7 @@ def evaluate(
 
     `name` stands beside the progress. With an accelerator of several processes each takes every W-th example and all
     return the same result:
-    accuracy, ci_low, ci_high, count, mean_length, truncated, groups (the same figures a group) and rows.
+    accuracy, ci_low, ci_high, count, those of `pass_at`, mean_length, truncated, groups (of the first four) and rows.
 
     Raises:
         ValueError: there are no examples.
@@ -100,11 +100,27 @@ def summarize(rows: list[dict]) -> dict:
     cut = [flag for row in rows for flag in row["truncated"]]
     return {
         **figures(rows),
+        **pass_at([row["correct"] for row in rows]),
         "mean_length": sum(lengths) / len(lengths),
         "truncated": sum(cut) / len(cut),
         "groups": groups if set(groups) != {""} else {},
         "rows": rows,
     }
+
+
+def pass_at(verdicts: list[list[float]]) -> dict[str, float]:
+    """The chance that at least one of k answers to an example is right, mean over examples, for k = 2, 4, 8, ... and n,
+    from the verdicts on n answers each: 1 - C(n - c, k) / C(n, k) where c are right, which is unbiased (Chen et al.
+    2021, arXiv 2107.03374, eq. 1).
+
+    >>> pass_at([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    {'pass@2': 0.25, 'pass@4': 0.5}
+    """
+    n, found = len(verdicts[0]), {}
+    for k in sorted({2**i for i in range(1, n.bit_length())} | {n} - {1}):
+        missed = [math.comb(n - int(sum(v)), k) / math.comb(n, k) for v in verdicts]
+        found[f"pass@{k}"] = 1 - sum(missed) / len(missed)
+    return found
 
 
 def interval(means: list[float], binary: bool) -> tuple[float, float]:
@@ -127,15 +143,18 @@ def interval(means: list[float], binary: bool) -> tuple[float, float]:
 
 
 def table(results: dict[str, dict]) -> str:
-    """A plain-text table, a line a model: accuracy in percent with its interval, each group, length."""
+    """A plain-text table, a line a model: accuracy in percent with its interval, pass@k, each group, length."""
+    held = [[name for name in result if name.startswith("pass@")] for result in results.values()]
+    several = [name for name in held[0] if all(name in names for names in held)]
     groups = list(dict.fromkeys(g for result in results.values() for g in result["groups"]))
-    header = ["model", "accuracy", "95 % interval", *groups, "tokens", "cut off"]
+    header = ["model", "accuracy", "95 % interval", *several, *groups, "tokens", "cut off"]
     lines = [header]
     for name, result in results.items():
         by_group = [f"{100 * result['groups'][g]['accuracy']:.1f}" if g in result["groups"] else "" for g in groups]
         spread = f"{100 * result['ci_low']:.1f} - {100 * result['ci_high']:.1f}"
+        passed = [f"{100 * result[k]:.1f}" for k in several]
         ends = [f"{result['mean_length']:.1f}", f"{100 * result['truncated']:.1f}"]
-        lines.append([name, f"{100 * result['accuracy']:.1f}", spread, *by_group, *ends])
+        lines.append([name, f"{100 * result['accuracy']:.1f}", spread, *passed, *by_group, *ends])
     return aligned(lines)
 
 

@@ -130,13 +130,15 @@ def load_policy(
     max_pixels: int = 0,
     seed: int = 0,
     offload_optimizer: bool = False,
+    freeze_vision: bool = False,
 ) -> Policy:
     """Load `tiny`, a folder, or a hub id of the Qwen2-VL, Qwen2.5-VL and Qwen3-VL families.
 
     Weights are float32 where they are trained (the masters; see `Policy.autocast`) and on the CPU, bfloat16 where they
-    are frozen on CUDA. With `offload_optimizer` masters stay on the CPU, and `processes.distribute` makes the device's
-    copy of them. `max_pixels` bounds the area of an image after resizing (0: as the checkpoint says). A folder
-    that holds an adapter is loaded on the model that it names; a new adapter of `lora_rank` is drawn by `seed`.
+    are frozen on CUDA. With `freeze_vision` the vision tower and its mergers are not trained and stay in float32. With
+    `offload_optimizer` what is trained stays on the CPU, and `processes.distribute` makes the device's copy of it.
+    `max_pixels` bounds the area of an image after resizing (0: as the checkpoint says). A folder that holds an adapter
+    is loaded on the model that it names; a new adapter of `lora_rank` is drawn by `seed`.
 
     Raises:
         SystemExit: one line naming the flag, when the model is not there, cannot be reached, is damaged, or is of
@@ -184,6 +186,8 @@ def load_policy(
         keep_freed_memory()
 
     model.requires_grad_(trainable and not lora)
+    if freeze_vision:
+        model.model.visual.requires_grad_(False).to(device)
     if adapter:
         from peft import PeftModel
 

@@ -55,8 +55,8 @@ def distribute(
     adapters are few and stay. Load the policy with it too: its float32 weights are then never all on the device.
     """
     every = list(scorer.parameters())
-    trained = [p for p in every if p.requires_grad]
-    if len(trained) < len(every):
+    trained, frozen = ([p for p in every if p.requires_grad is wanted] for wanted in (True, False))
+    if hasattr(scorer.policy.model, "peft_config"):
         return accelerator.prepare(scorer) if accelerator.num_processes > 1 else scorer, trained
     if accelerator.num_processes == 1:
         if not offload_optimizer:
@@ -69,6 +69,7 @@ def distribute(
         mesh=init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
         reshard_after_forward=False,
         mp_policy=MixedPrecisionPolicy(param_dtype=arithmetic, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        ignored_params=set(frozen),  # of these every process has all
         offload_policy=CPUOffloadPolicy(accelerator.device.type == "cuda") if offload_optimizer else OffloadPolicy(),
     )
     # Layers are called as functions, so that only the hooks of `scorer` fire: at the end of a backward pass they
@@ -77,7 +78,7 @@ def distribute(
         fully_shard(layer, **settings)
     fully_shard(scorer, **settings)
     scorer.set_reshard_after_backward(False)
-    return scorer, list(scorer.parameters())
+    return scorer, [p for p in scorer.parameters() if p.requires_grad]
 
 
 def gather_weights(scorer: torch.nn.Module) -> None:

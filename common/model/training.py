@@ -1,5 +1,6 @@
 """What a training loop needs of the model: set up, the rows of a step as batches, and their micro-batches."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ def prepare(args, accelerator: Accelerator) -> tuple[Policy, torch.nn.Module, Ca
         max_pixels=args.max_pixels,
         seed=args.seed,
         offload_optimizer=args.offload_optimizer,
+        freeze_vision=args.freeze == "vision",
     )
     scorer = Scorer(policy, gradient_checkpointing=device.type == "cuda", slice_tokens=args.micro_batch_tokens)
     trained_scorer, parameters = distribute(scorer, accelerator, args.offload_optimizer)
@@ -89,6 +91,18 @@ class Batch(SimpleNamespace):
         """The rows in as many equal parts, in order."""
         shares = torch.arange(len(self.ids)).view(parts, -1).tolist()
         return [self.rows(share) for share in shares] if parts > 1 else [self]
+
+
+def rate_at(args, step: int) -> float:
+    """The learning rate of step `step`, from 0 to `args.steps` - 1: up in a straight line over `warmup_steps`, then
+    constant, or down in a line or half a cosine that would be 0 one step after the last. No step has a rate of 0.
+
+    A function of the step alone, so that a resumed run has the same.
+    """
+    risen = min(1, (step + 1) / args.warmup_steps)
+    fallen = max(0, step + 1 - args.warmup_steps) / (args.steps + 1 - args.warmup_steps)  # from 0 to below 1
+    left = {"constant": 1, "linear": 1 - fallen, "cosine": (1 + math.cos(math.pi * fallen)) / 2}[args.lr_scheduler_type]
+    return args.learning_rate * risen * left
 
 
 def rows_of(groups: Iterable[int], group_size: int) -> list[int]:

@@ -104,11 +104,13 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
 
 
 def masters(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor] | None:
-    """The sharded weights by name; None where none are sharded and the model holds all there is."""
+    """All weights by name, the sharded ones as the optimizer has them and frozen ones as the model does; None where
+    none are sharded and the model holds all there is."""
     parameters = optimizer.param_groups[0]["params"]
     if not isinstance(parameters[0], DTensor):
         return None
-    return dict(zip((name for name, _ in policy.model.named_parameters()), parameters, strict=True))
+    trained = iter(parameters)
+    return {name: next(trained) if p.requires_grad else p for name, p in policy.model.named_parameters()}
 
 
 def load_weights(policy: Policy, folder: Path, sharded: dict[str, torch.Tensor] | None = None) -> None:

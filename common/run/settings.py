@@ -57,6 +57,7 @@ class Settings:
     model: str = "tiny"
     """built-in `tiny`, the folder of a run or a model, or a hub id of the Qwen2-VL, Qwen2.5-VL and Qwen3-VL families"""
     lora_rank: Natural = 0  # train adapters of this rank instead of all weights (0: all weights)
+    freeze: Literal["none", "vision"] = "none"  # `vision`: leave the vision tower, its mergers included, as it is
     max_pixels: Natural = 0  # bound on an image's area after resizing, in pixels (0: as the checkpoint says)
     data: str = ""
     """`puzzles`, a .jsonl or .parquet file, a folder, or a hub id (default: puzzles; geometry3k for a hub model)"""
@@ -185,6 +186,8 @@ def check_settings(args: Settings) -> None:
     args.prompt_template = check_template(args.prompt_template)
     if not is_tiny(args.model):
         check_markers(args.reward, args.prompt_template)
+    if args.warmup_steps > args.steps:
+        raise SystemExit(f"--warmup-steps {args.warmup_steps}: must be at most --steps {args.steps}")
     if args.max_completion_length <= args.soft_punish_cache:
         raise SystemExit(
             f"--soft-punish-cache {args.soft_punish_cache}: must be below --max-completion-length "
