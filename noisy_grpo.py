@@ -9,8 +9,8 @@ baseline: a completion is reinforced as far as it beats its siblings.
 NoisyGRPO (Qiu et al. 2025, arXiv 2510.21122) samples each completion on its own noisy copy of the image and trains it
 on the clean one. The advantage is a posterior's mean: the noise level gives the prior (the less the better), the reward
 the observation, trusted the more the further a group's rewards lie apart. The authors train with `--loss-type grpo
---clip-high 0.2 --group-size 4`. NoisyRollout (2504.13055), but with a noise for each completion, is `--noise-levels 0
-0.5 --posterior none --anneal --kl-coef 0`.
+--clip-high 0.2 --group-size 4`. NoisyRollout (2504.13055) is near `--noise-levels 0 0.5 --posterior none --anneal
+--kl-coef 0`; docs/noisy_grpo.md says what differs.
 
     noise        image_r = sqrt(abar_t) image + sqrt(1 - abar_t) eps, t = 1000 n_r, n_r the noise level of completion r
     z(x)         (x - mean of its group) / (s(x) + eps), s the standard deviation of its group
@@ -107,7 +107,11 @@ def group_advantages(rewards: torch.Tensor, group_size: int, scale_rewards: str,
 
 
 def kept_groups(rewards: torch.Tensor, accuracy: torch.Tensor, group_size: int, filter_groups: str) -> torch.Tensor:
-    """Which groups [N] bool count in the loss: those with varied rewards, or neither all right nor all wrong (DAPO)."""
+    """Which groups [N] bool count in the loss: those with varied rewards, or neither all right nor all wrong (DAPO).
+
+    >>> kept_groups(torch.tensor([0.1, 0.0, 1.0, 0.0]), torch.tensor([0.0, 0.0, 1.0, 0.0]), 2, "accuracy")
+    tensor([False,  True])
+    """
     if filter_groups == "none":
         return torch.ones(len(rewards) // group_size, dtype=torch.bool, device=rewards.device)
     groups = (rewards if filter_groups == "reward" else accuracy).view(-1, group_size)
@@ -128,6 +132,10 @@ def token_weights(
 
     Trainers that tell bnpo from dapo divide by the tokens of each micro-batch, so that the gradient depends on the cut;
     where a step is one micro-batch the two agree, and that is what the name means here.
+
+    >>> token_weights(torch.tensor([[True, True, True], [True, False, False]]), "grpo", 2, 4, 3)
+    tensor([[0.1667, 0.1667, 0.1667],
+            [0.5000, 0.0000, 0.0000]])
     """
     weights = loss_mask.float()
     if loss_type == "grpo":
@@ -139,12 +147,20 @@ def token_weights(
 
 def importance_weights(old_logprobs: torch.Tensor, sampled_logprobs: torch.Tensor, cap: float) -> torch.Tensor:
     """min(pi_old / pi_sampled, cap) of each token [R, T], without gradient: what the rounding of sampling and scoring,
-    which are different forwards, does to importance (truncated importance sampling, Yao et al. 2025)."""
+    which are different forwards, does to importance (truncated importance sampling, Yao et al. 2025).
+
+    >>> importance_weights(torch.tensor([-1.0, -1.0]), torch.tensor([-1.1, -2.0]), 2.0)
+    tensor([1.1052, 2.0000])
+    """
     return (old_logprobs - sampled_logprobs).detach().clamp(-20, 20).exp().clamp(max=cap)
 
 
 def k3_divergence(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """Estimate of KL(policy || reference) on sampled tokens, never negative (DeepSeekMath, eq. 4): e^d - d - 1."""
+    """Estimate of KL(policy || reference) on sampled tokens, never negative (DeepSeekMath, eq. 4): e^d - d - 1.
+
+    >>> k3_divergence(torch.tensor([-1.0, -1.0]), torch.tensor([-0.5, -1.5]))
+    tensor([0.1487, 0.1065])
+    """
     d = (ref_logprobs - logprobs).clamp(-20, 20)
     return d.exp() - d - 1
 
@@ -161,6 +177,11 @@ def policy_loss(
     `advantages` is [R, 1] or [R, T]. With a ratio of 1 the loss is -A and its gradient that of -A logprob. A sequence's
     ratio is in value the same for its tokens, in gradient each token's own, so that tokens may weigh differently (GSPO,
     section 4.3); where they weigh alike the sum's gradient is that of eq. 5.
+
+    >>> args = Args()  # clip_low 0.2, clip_high 0.28
+    >>> old, new, mask = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.1, -0.5]]), torch.tensor([[True, True]])
+    >>> policy_loss(new, old, torch.tensor([[1.0]]), mask, args)
+    (tensor([[-0.9048, -1.2800]]), tensor([[0.9048, 1.6487]]))
     """
     log_ratio = torch.where(loss_mask, logprobs - old_logprobs, 0)
     if args.importance_sampling_level == "sequence":
@@ -216,21 +237,20 @@ def posterior_advantages(rewards: torch.Tensor, levels: torch.Tensor, args: Args
     likelihood_var = torch.full_like(by_spread, args.lik_var) if args.posterior == "fixed" else by_spread
     weight = likelihood_var / (args.prior_var + likelihood_var)  # [N, 1]
     mean = (1 - weight) * group_z(groups, eps) + weight * group_z(1 - levels.double().view_as(groups), eps)
-    advantages = group_z(mean, eps)
-    if args.tie_mode != "keep":
-        tied = groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True) <= 1e-6
-        advantages = torch.where(tied, 0 if args.tie_mode == "skip" else mean, advantages)
+    tied = (groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True) <= 1e-6) & (args.tie_mode != "keep")
+    advantages = torch.where(tied, 0 if args.tie_mode == "skip" else mean, group_z(mean, eps))
     return advantages.flatten().float(), weight[:, 0].float()
 
 
 def noisy_prompts(policy, examples, prompts, step: int, places: list[int], args: Args):
-    """Examples and prompts as drawn, noise levels [R], and a prompt a row that sees its noisy copy of the pictures."""
+    """Examples as drawn, prompts to train on, noise levels [R], and a prompt a row that sees its noisy pictures."""
     levels, pictures = np.stack([levels_of(step, place, args) for place in places]), []  # [N, G]
+    levels[[not example.images for example in examples]] = 0  # without a picture there is no noise to judge by
     for (n, g), level in np.ndenumerate(levels * args.noise_images):
         dice = np.random.default_rng([args.seed, step, places[n], 1 + g])
         pictures.append([noisy_image(image, level, dice, args.to_bytes) for image in examples[n].images])
-    noisy = prompts.select(np.arange(len(places)).repeat(args.group_size).tolist())
-    return examples, prompts, torch.from_numpy(levels).float().flatten(), replace_images(policy, noisy, pictures)
+    noisy = replace_images(policy, prompts.select((np.arange(levels.size) // args.group_size).tolist()), pictures)
+    return examples, prompts if args.update_image == "clean" else noisy, torch.tensor(levels).float().flatten(), noisy
 
 
 # === The run ===
@@ -257,6 +277,7 @@ def main(args: Args) -> dict:
         return noisy_prompts(policy, *draw_prompts(args, policy, train, step, places), step, places, args)
 
     evaluations.before()
+    # `drawn()` returns what `draw` makes of a step; on CUDA a thread works on it while the step before is trained.
     for step, drawn in prefetch(draw, range(first_step, args.steps), in_thread=device.type == "cuda"):
         # === Sample: N prompts, G completions each ===
         meter.start()
@@ -280,20 +301,20 @@ def main(args: Args) -> dict:
         meter.add("accuracy", accuracy)
         meter.add("frac_reward_zero_std", ~kept_groups(rewards, accuracy, args.group_size, "reward"))
         meter.add("frac_accuracy_constant", accuracy.view(-1, args.group_size).std(1) == 0)
-        meter.add_terms(scored.terms, scored.verdicts)
+        meter.add_terms(scored.terms, scored.verdicts)  # the reward's parts, and how answers were understood
         meter.lap("reward")
 
         # === Advantage: each row against its group ===
         all_rewards = accelerator.gather(rewards)
-        advantages = group_advantages(all_rewards, args.group_size, args.scale_rewards, args.advantage_eps)[
-            local
-        ]  # [R]
+        advantages = group_advantages(all_rewards, args.group_size, args.scale_rewards, args.advantage_eps)
+        advantages = advantages[local]  # [R]
         if args.posterior != "none":
             advantages, prior_weights = posterior_advantages(rewards, levels.to(device), args)
             meter.add("prior_weight", prior_weights)
+        pictured = torch.tensor([bool(example.images) for example in asked], device=device)  # [R]
         for g, level in enumerate(np.resize(args.noise_levels, args.group_size) if args.noise_draw == "ladder" else ()):
-            meter.add(f"noise/{level:.2f}/reward", rewards[g :: args.group_size])
-            meter.add(f"noise/{level:.2f}/advantage", advantages[g :: args.group_size])
+            meter.add(f"noise/{level:.2f}/reward", rewards[g :: args.group_size], pictured[g :: args.group_size])
+            meter.add(f"noise/{level:.2f}/advantage", advantages[g :: args.group_size], pictured[g :: args.group_size])
         kept = kept_groups(rewards, accuracy, args.group_size, args.filter_groups)  # [N] groups that count
         mask = completion_mask & kept.repeat_interleave(args.group_size)[:, None]  # [R, T] tokens that count
         if args.mask_truncated_completions:
@@ -304,12 +325,12 @@ def main(args: Args) -> dict:
 
         # === Views: everything else that the loss compares the scores with ===
         batch = Batch(
-            prompts=prompts if args.update_image == "clean" else noisy,
+            prompts=prompts,
             ids=ids,
             completion_mask=completion_mask,
             mask=mask,
             advantages=advantages[:, None],
-            sampled_logprobs=rollout.old_logprobs,
+            sampled_logprobs=rollout.logprobs,
             old_logprobs=None,  # with one update those of the scores themselves
             ref_logprobs=None,
             kept=kept.repeat_interleave(args.group_size),
@@ -370,6 +391,8 @@ def check(args: Args) -> None:
     check_settings(args)
     if args.delta and args.delta <= 1 + args.clip_high:
         raise SystemExit(f"--delta {args.delta}: must exceed 1 + --clip-high {args.clip_high}")
+    if args.posterior != "none" and args.scale_rewards != "group":
+        raise SystemExit(f"--scale-rewards {args.scale_rewards}: needs --posterior none, which alone scales otherwise")
 
 
 if __name__ == "__main__":

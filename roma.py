@@ -71,8 +71,8 @@ class Args(Settings):
     filter_groups: Literal["none", "reward", "accuracy"] = "none"
     """leave groups without reward variance, or all right or all wrong, out of the loss's denominators too"""
     num_views: Count = 2  # K: corrupted views of each prompt's images
-    kl_view_coef: Weight = 0.3  # weight of the divergence of the worst view from the clean one (0: no such term)
-    aux_coef: Weight = 0.3  # weight of the policy gradient on one view (0: no such term)
+    kl_view_coef: Weight | None = None  # weight of the worst view's divergence (default: 0.3 built-in model, else 0.1)
+    aux_coef: Weight | None = None  # weight of the policy gradient on one view (default: 0.3 built-in model, else 0.1)
     kl_worst_case: Literal["token", "sequence", "mean"] = "token"  # of views; `mean` over them is an ablation
     view_gate: Literal["correct", "none"] = "correct"  # rows that the terms act on: right ones, or (ablation) all
     train_corruptions: tuple[str, ...] = ("seen",)  # names of common/corruptions.py, `seen`, `unseen`, `all`
@@ -104,7 +104,11 @@ def group_advantages(rewards: torch.Tensor, group_size: int, scale_rewards: str,
 
 
 def kept_groups(rewards: torch.Tensor, accuracy: torch.Tensor, group_size: int, filter_groups: str) -> torch.Tensor:
-    """Which groups [N] bool count in the loss: those with varied rewards, or neither all right nor all wrong (DAPO)."""
+    """Which groups [N] bool count in the loss: those with varied rewards, or neither all right nor all wrong (DAPO).
+
+    >>> kept_groups(torch.tensor([0.1, 0.0, 1.0, 0.0]), torch.tensor([0.0, 0.0, 1.0, 0.0]), 2, "accuracy")
+    tensor([False,  True])
+    """
     if filter_groups == "none":
         return torch.ones(len(rewards) // group_size, dtype=torch.bool, device=rewards.device)
     groups = (rewards if filter_groups == "reward" else accuracy).view(-1, group_size)
@@ -125,6 +129,10 @@ def token_weights(
 
     Trainers that tell bnpo from dapo divide by the tokens of each micro-batch, so that the gradient depends on the cut;
     where a step is one micro-batch the two agree, and that is what the name means here.
+
+    >>> token_weights(torch.tensor([[True, True, True], [True, False, False]]), "grpo", 2, 4, 3)
+    tensor([[0.1667, 0.1667, 0.1667],
+            [0.5000, 0.0000, 0.0000]])
     """
     weights = loss_mask.float()
     if loss_type == "grpo":
@@ -136,12 +144,20 @@ def token_weights(
 
 def importance_weights(old_logprobs: torch.Tensor, sampled_logprobs: torch.Tensor, cap: float) -> torch.Tensor:
     """min(pi_old / pi_sampled, cap) of each token [R, T], without gradient: what the rounding of sampling and scoring,
-    which are different forwards, does to importance (truncated importance sampling, Yao et al. 2025)."""
+    which are different forwards, does to importance (truncated importance sampling, Yao et al. 2025).
+
+    >>> importance_weights(torch.tensor([-1.0, -1.0]), torch.tensor([-1.1, -2.0]), 2.0)
+    tensor([1.1052, 2.0000])
+    """
     return (old_logprobs - sampled_logprobs).detach().clamp(-20, 20).exp().clamp(max=cap)
 
 
 def k3_divergence(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """Estimate of KL(policy || reference) on sampled tokens, never negative (DeepSeekMath, eq. 4): e^d - d - 1."""
+    """Estimate of KL(policy || reference) on sampled tokens, never negative (DeepSeekMath, eq. 4): e^d - d - 1.
+
+    >>> k3_divergence(torch.tensor([-1.0, -1.0]), torch.tensor([-0.5, -1.5]))
+    tensor([0.1487, 0.1065])
+    """
     d = (ref_logprobs - logprobs).clamp(-20, 20)
     return d.exp() - d - 1
 
@@ -158,6 +174,11 @@ def policy_loss(
     `advantages` is [R, 1] or [R, T]. With a ratio of 1 the loss is -A and its gradient that of -A logprob. A sequence's
     ratio is in value the same for its tokens, in gradient each token's own, so that tokens may weigh differently (GSPO,
     section 4.3); where they weigh alike the sum's gradient is that of eq. 5.
+
+    >>> args = Args()  # clip_low 0.2, clip_high 0.28
+    >>> old, new, mask = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.1, -0.5]]), torch.tensor([[True, True]])
+    >>> policy_loss(new, old, torch.tensor([[1.0]]), mask, args)
+    (tensor([[-0.9048, -1.2800]]), tensor([[0.9048, 1.6487]]))
     """
     log_ratio = torch.where(loss_mask, logprobs - old_logprobs, 0)
     if args.importance_sampling_level == "sequence":
@@ -178,7 +199,11 @@ def draw_views(seed: int, step: int, place: int, args: Args) -> tuple[list[tuple
 
 def surrogate_kl(logprobs: torch.Tensor, view_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Divergence D [K, V, T], k3 on the sampled tokens, at most 10, of views [K, V, T] from clean log-probabilities
-    [V, T], 0 outside `mask`. The clean side is detached, or right tokens would fall where a corruption hurts them."""
+    [V, T], 0 outside `mask`. The clean side is detached, or right tokens would fall where a corruption hurts them.
+
+    >>> surrogate_kl(torch.tensor([[-1.0]]), torch.tensor([[[-2.0]]]), torch.tensor([[True]]))  # e^-1
+    tensor([[[0.3679]]])
+    """
     gap = torch.where(mask, logprobs.detach() - view_logprobs, 0).clamp(-20, 20)
     return (torch.exp(-gap) - 1 + gap).clamp(max=10)
 
@@ -219,7 +244,7 @@ def score_with_views(scorer, batch: Batch, args: Args):
     own, viewed = (rows.nonzero()[:, 0].tolist() for rows in (batch.clean, batch.regularized))
     own = own or ([] if viewed else list(range(len(batch.ids))))
     members = [row // args.group_size for row in own[:: args.group_size]]
-    packed, rows, prompt_of_row = pack_views(batch.prompts, batch.views, members, viewed, args.group_size)
+    packed, rows, prompt_of_row = pack_views(batch, members, viewed, args.group_size)
     scores = scorer(packed, batch.ids[rows], batch.completion_mask[rows], args.temperature, prompt_of_row)
     logprobs, view_logprobs = scores.logprobs.split([len(own), len(rows) - len(own)])
     del batch.prompts, batch.views
@@ -267,6 +292,7 @@ def main(args: Args) -> dict:
         return corrupted_prompts(policy, *draw_prompts(args, policy, train, step, places), step, places, args)
 
     evaluations.before()
+    # `drawn()` returns what `draw` makes of a step; on CUDA a thread works on it while the step before is trained.
     for step, drawn in prefetch(draw, range(first_step, args.steps), in_thread=device.type == "cuda"):
         # === Sample: N prompts, G completions each ===
         meter.start()
@@ -290,14 +316,13 @@ def main(args: Args) -> dict:
         meter.add("accuracy", accuracy)
         meter.add("frac_reward_zero_std", ~kept_groups(rewards, accuracy, args.group_size, "reward"))
         meter.add("frac_accuracy_constant", accuracy.view(-1, args.group_size).std(1) == 0)
-        meter.add_terms(scored.terms, scored.verdicts)
+        meter.add_terms(scored.terms, scored.verdicts)  # the reward's parts, and how answers were understood
         meter.lap("reward")
 
         # === Advantage: each row against its group ===
         all_rewards = accelerator.gather(rewards)
-        advantages = group_advantages(all_rewards, args.group_size, args.scale_rewards, args.advantage_eps)[
-            local
-        ]  # [R]
+        advantages = group_advantages(all_rewards, args.group_size, args.scale_rewards, args.advantage_eps)
+        advantages = advantages[local]  # [R]
         kept = kept_groups(rewards, accuracy, args.group_size, args.filter_groups)  # [N] groups that count
         mask = completion_mask & kept.repeat_interleave(args.group_size)[:, None]  # [R, T] tokens that count
         if args.mask_truncated_completions:
@@ -313,7 +338,7 @@ def main(args: Args) -> dict:
             completion_mask=completion_mask,
             mask=mask,
             advantages=advantages[:, None],
-            sampled_logprobs=rollout.old_logprobs,
+            sampled_logprobs=rollout.logprobs,
             old_logprobs=None,  # with one update those of the scores themselves
             ref_logprobs=None,
             kept=kept.repeat_interleave(args.group_size),
@@ -321,9 +346,8 @@ def main(args: Args) -> dict:
         )
         updates = args.updates_per_rollout * args.epochs_per_rollout
         batch.views, batch.aux_view = views, torch.tensor(aux_views, device=device).repeat_interleave(args.group_size)
-        batch.regularized = (
-            mask.any(1) & bool(views) & ((accuracy == 1) | (args.view_gate == "none"))
-        )  # [R] rows with views
+        gate = (accuracy == 1) | (args.view_gate == "none")  # [R]
+        batch.regularized = gate & mask.any(1) & bool(views)  # [R] rows with views
         active = trained | batch.regularized.view(len(kept), -1).any(1)  # [N] groups with any term of the loss
         batch.clean = batch.trained if updates == 1 else active.repeat_interleave(args.group_size)
         batch.trained = active.repeat_interleave(args.group_size)
@@ -357,10 +381,8 @@ def main(args: Args) -> dict:
                     worst, winner = worst_case(divergences, seen.mask, args.kl_worst_case)  # [V, T] both
                     aux = aux_loss(seen.view_logprobs, seen.aux_view, seen.advantages[:, 0], seen.mask)
                     weights = token_weights(seen.mask, args.loss_type, rows, tokens, limit)
-                    view_kl, view_aux = (
-                        args.kl_view_coef * (worst * weights).sum(),
-                        args.aux_coef * (aux * weights).sum(),
-                    )
+                    view_kl = args.kl_view_coef * (worst * weights).sum()
+                    view_aux = args.aux_coef * (aux * weights).sum()
                     loss = loss + view_kl + view_aux
                     meter.total("loss/view_kl", view_kl / updates)
                     meter.total("loss/view_aux", view_aux / updates)
@@ -395,9 +417,7 @@ def check(args: Args) -> None:
     check_settings(args)
     if args.delta and args.delta <= 1 + args.clip_high:
         raise SystemExit(f"--delta {args.delta}: must exceed 1 + --clip-high {args.clip_high}")
-    names = check_corruptions(
-        "--train-corruptions", args.train_corruptions, "--train-severities", args.train_severities
-    )
+    names = check_corruptions(args.train_corruptions, args.train_severities, "--train-")
     if args.num_views > len(names):
         raise SystemExit(f"--num-views {args.num_views}: from 1 to {len(names)}, the --train-corruptions to draw from")
     if args.corrupt_rollouts and (args.kl_view_coef or args.aux_coef):

@@ -100,7 +100,11 @@ def group_advantages(rewards: torch.Tensor, group_size: int, scale_rewards: str,
 
 
 def kept_groups(rewards: torch.Tensor, accuracy: torch.Tensor, group_size: int, filter_groups: str) -> torch.Tensor:
-    """Which groups [N] bool count in the loss: those with varied rewards, or neither all right nor all wrong (DAPO)."""
+    """Which groups [N] bool count in the loss: those with varied rewards, or neither all right nor all wrong (DAPO).
+
+    >>> kept_groups(torch.tensor([0.1, 0.0, 1.0, 0.0]), torch.tensor([0.0, 0.0, 1.0, 0.0]), 2, "accuracy")
+    tensor([False,  True])
+    """
     if filter_groups == "none":
         return torch.ones(len(rewards) // group_size, dtype=torch.bool, device=rewards.device)
     groups = (rewards if filter_groups == "reward" else accuracy).view(-1, group_size)
@@ -121,6 +125,10 @@ def token_weights(
 
     Trainers that tell bnpo from dapo divide by the tokens of each micro-batch, so that the gradient depends on the cut;
     where a step is one micro-batch the two agree, and that is what the name means here.
+
+    >>> token_weights(torch.tensor([[True, True, True], [True, False, False]]), "grpo", 2, 4, 3)
+    tensor([[0.1667, 0.1667, 0.1667],
+            [0.5000, 0.0000, 0.0000]])
     """
     weights = loss_mask.float()
     if loss_type == "grpo":
@@ -132,12 +140,20 @@ def token_weights(
 
 def importance_weights(old_logprobs: torch.Tensor, sampled_logprobs: torch.Tensor, cap: float) -> torch.Tensor:
     """min(pi_old / pi_sampled, cap) of each token [R, T], without gradient: what the rounding of sampling and scoring,
-    which are different forwards, does to importance (truncated importance sampling, Yao et al. 2025)."""
+    which are different forwards, does to importance (truncated importance sampling, Yao et al. 2025).
+
+    >>> importance_weights(torch.tensor([-1.0, -1.0]), torch.tensor([-1.1, -2.0]), 2.0)
+    tensor([1.1052, 2.0000])
+    """
     return (old_logprobs - sampled_logprobs).detach().clamp(-20, 20).exp().clamp(max=cap)
 
 
 def k3_divergence(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """Estimate of KL(policy || reference) on sampled tokens, never negative (DeepSeekMath, eq. 4): e^d - d - 1."""
+    """Estimate of KL(policy || reference) on sampled tokens, never negative (DeepSeekMath, eq. 4): e^d - d - 1.
+
+    >>> k3_divergence(torch.tensor([-1.0, -1.0]), torch.tensor([-0.5, -1.5]))
+    tensor([0.1487, 0.1065])
+    """
     d = (ref_logprobs - logprobs).clamp(-20, 20)
     return d.exp() - d - 1
 
@@ -154,6 +170,11 @@ def policy_loss(
     `advantages` is [R, 1] or [R, T]. With a ratio of 1 the loss is -A and its gradient that of -A logprob. A sequence's
     ratio is in value the same for its tokens, in gradient each token's own, so that tokens may weigh differently (GSPO,
     section 4.3); where they weigh alike the sum's gradient is that of eq. 5.
+
+    >>> args = Args()  # clip_low 0.2, clip_high 0.28
+    >>> old, new, mask = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.1, -0.5]]), torch.tensor([[True, True]])
+    >>> policy_loss(new, old, torch.tensor([[1.0]]), mask, args)
+    (tensor([[-0.9048, -1.2800]]), tensor([[0.9048, 1.6487]]))
     """
     log_ratio = torch.where(loss_mask, logprobs - old_logprobs, 0)
     if args.importance_sampling_level == "sequence":
@@ -258,6 +279,7 @@ def main(args: Args) -> dict:
         return draw_prompts(args, policy, train, step, places)
 
     evaluations.before()
+    # `drawn()` returns what `draw` makes of a step; on CUDA a thread works on it while the step before is trained.
     for step, drawn in prefetch(draw, range(first_step, args.steps), in_thread=device.type == "cuda"):
         # === Sample: N prompts, G completions each ===
         meter.start()
@@ -281,14 +303,13 @@ def main(args: Args) -> dict:
         meter.add("accuracy", accuracy)
         meter.add("frac_reward_zero_std", ~kept_groups(rewards, accuracy, args.group_size, "reward"))
         meter.add("frac_accuracy_constant", accuracy.view(-1, args.group_size).std(1) == 0)
-        meter.add_terms(scored.terms, scored.verdicts)
+        meter.add_terms(scored.terms, scored.verdicts)  # the reward's parts, and how answers were understood
         meter.lap("reward")
 
         # === Advantage: each row against its group ===
         all_rewards = accelerator.gather(rewards)
-        advantages = group_advantages(all_rewards, args.group_size, args.scale_rewards, args.advantage_eps)[
-            local
-        ]  # [R]
+        advantages = group_advantages(all_rewards, args.group_size, args.scale_rewards, args.advantage_eps)
+        advantages = advantages[local]  # [R]
         kept = kept_groups(rewards, accuracy, args.group_size, args.filter_groups)  # [N] groups that count
         mask = completion_mask & kept.repeat_interleave(args.group_size)[:, None]  # [R, T] tokens that count
         if args.mask_truncated_completions:
@@ -304,7 +325,7 @@ def main(args: Args) -> dict:
             completion_mask=completion_mask,
             mask=mask,
             advantages=advantages[:, None],
-            sampled_logprobs=rollout.old_logprobs,
+            sampled_logprobs=rollout.logprobs,
             old_logprobs=None,  # with one update those of the scores themselves
             ref_logprobs=None,
             kept=kept.repeat_interleave(args.group_size),

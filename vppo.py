@@ -6,10 +6,9 @@
 For each prompt (image and question) sample G completions, score each with a rule, and take the group's own mean for a
 baseline: a completion is reinforced as far as it beats its siblings.
 
-VPPO (Huang et al. 2025, arXiv 2510.09285) scores completions again with random patches of the image black. The tokens
-whose log-probability depends most on the image take part in the policy gradient, and completions that depend more count
-more. The authors train with DAPO's group filter, as here, and `--delta 3 --top-p 0.99`. With `--keep-fraction 1
---beta-min 1` this is DAPO with the same entropy penalty.
+VPPO (Huang et al. 2025, arXiv 2510.09285) scores completions again with random image patches black. The tokens whose
+log-probability depends most on the image take part in the policy gradient, and completions that depend more count more.
+The authors train with `--delta 3 --top-p 0.99`. `--keep-fraction 1 --beta-min 1` is DAPO with the same entropy penalty.
 
     dependency   S_rt = e^d - d - 1, d = (logprob_rt with the masked image) - (logprob_rt), both of the sampling policy
     filter       keep_rt = 1 for the keep_fraction of the tokens of completion r with the largest S
@@ -102,7 +101,11 @@ def group_advantages(rewards: torch.Tensor, group_size: int, scale_rewards: str,
 
 
 def kept_groups(rewards: torch.Tensor, accuracy: torch.Tensor, group_size: int, filter_groups: str) -> torch.Tensor:
-    """Which groups [N] bool count in the loss: those with varied rewards, or neither all right nor all wrong (DAPO)."""
+    """Which groups [N] bool count in the loss: those with varied rewards, or neither all right nor all wrong (DAPO).
+
+    >>> kept_groups(torch.tensor([0.1, 0.0, 1.0, 0.0]), torch.tensor([0.0, 0.0, 1.0, 0.0]), 2, "accuracy")
+    tensor([False,  True])
+    """
     if filter_groups == "none":
         return torch.ones(len(rewards) // group_size, dtype=torch.bool, device=rewards.device)
     groups = (rewards if filter_groups == "reward" else accuracy).view(-1, group_size)
@@ -123,6 +126,10 @@ def token_weights(
 
     Trainers that tell bnpo from dapo divide by the tokens of each micro-batch, so that the gradient depends on the cut;
     where a step is one micro-batch the two agree, and that is what the name means here.
+
+    >>> token_weights(torch.tensor([[True, True, True], [True, False, False]]), "grpo", 2, 4, 3)
+    tensor([[0.1667, 0.1667, 0.1667],
+            [0.5000, 0.0000, 0.0000]])
     """
     weights = loss_mask.float()
     if loss_type == "grpo":
@@ -134,12 +141,20 @@ def token_weights(
 
 def importance_weights(old_logprobs: torch.Tensor, sampled_logprobs: torch.Tensor, cap: float) -> torch.Tensor:
     """min(pi_old / pi_sampled, cap) of each token [R, T], without gradient: what the rounding of sampling and scoring,
-    which are different forwards, does to importance (truncated importance sampling, Yao et al. 2025)."""
+    which are different forwards, does to importance (truncated importance sampling, Yao et al. 2025).
+
+    >>> importance_weights(torch.tensor([-1.0, -1.0]), torch.tensor([-1.1, -2.0]), 2.0)
+    tensor([1.1052, 2.0000])
+    """
     return (old_logprobs - sampled_logprobs).detach().clamp(-20, 20).exp().clamp(max=cap)
 
 
 def k3_divergence(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """Estimate of KL(policy || reference) on sampled tokens, never negative (DeepSeekMath, eq. 4): e^d - d - 1."""
+    """Estimate of KL(policy || reference) on sampled tokens, never negative (DeepSeekMath, eq. 4): e^d - d - 1.
+
+    >>> k3_divergence(torch.tensor([-1.0, -1.0]), torch.tensor([-0.5, -1.5]))
+    tensor([0.1487, 0.1065])
+    """
     d = (ref_logprobs - logprobs).clamp(-20, 20)
     return d.exp() - d - 1
 
@@ -156,6 +171,11 @@ def policy_loss(
     `advantages` is [R, 1] or [R, T]. With a ratio of 1 the loss is -A and its gradient that of -A logprob. A sequence's
     ratio is in value the same for its tokens, in gradient each token's own, so that tokens may weigh differently (GSPO,
     section 4.3); where they weigh alike the sum's gradient is that of eq. 5.
+
+    >>> args = Args()  # clip_low 0.2, clip_high 0.28
+    >>> old, new, mask = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.1, -0.5]]), torch.tensor([[True, True]])
+    >>> policy_loss(new, old, torch.tensor([[1.0]]), mask, args)
+    (tensor([[-0.9048, -1.2800]]), tensor([[0.9048, 1.6487]]))
     """
     log_ratio = torch.where(loss_mask, logprobs - old_logprobs, 0)
     if args.importance_sampling_level == "sequence":
@@ -174,7 +194,6 @@ def visual_dependency(old_logprobs, masked_logprobs, completion_mask: torch.Tens
     return (d.expm1() - d).clamp(0, 10)
 
 
-@torch.no_grad()
 def vocabulary_divergence(hidden, masked_hidden, head, banned: torch.Tensor, temperature: float) -> torch.Tensor:
     """KL(image || masked image) over the vocabulary (VPPO, eq. 3), [Z] float32, of both views' hidden states [Z, H],
     the output head [V, H] and the words [V] that are never drawn; in chunks, so that no [Z, V] is kept."""
@@ -191,14 +210,13 @@ def row_mean(dependency: torch.Tensor, completion_mask: torch.Tensor) -> torch.T
     return (dependency * completion_mask).sum(1) / completion_mask.sum(1).clamp(min=1)
 
 
-def shaping_factors(row_dependency, low, mean, high: torch.Tensor, args: Args) -> torch.Tensor:
-    """What advantages [R] are multiplied by (VPPO, eq. 5), from beta_min upwards; `low`, `mean`, `high` are those of
-    all rows of the optimizer step. With the dynamic beta_max their mean factor is 1. Rows that depend alike get 1."""
-    if high - low <= 1e-6:
+def shaping_factors(row_dependency, seen: torch.Tensor, args: Args) -> torch.Tensor:
+    """What advantages [R] are multiplied by (VPPO, eq. 5), from beta_min upwards; `seen` [S] is the dependency of all
+    rows of the step that count. With the dynamic beta_max their mean factor is 1. Rows that depend alike get 1."""
+    if not len(seen) or seen.amax() - seen.amin() <= 1e-6:
         return torch.ones_like(row_dependency)
-    if args.beta_max:
-        return args.beta_min + (args.beta_max - args.beta_min) * (row_dependency - low) / (high - low)
-    return args.beta_min + (1 - args.beta_min) * (row_dependency - low) / (mean - low)
+    point, factor = (seen.amax(), args.beta_max) if args.beta_max else (seen.mean(), 1)  # of the line from the least
+    return args.beta_min + (factor - args.beta_min) * (row_dependency - seen.amin()) / (point - seen.amin())
 
 
 def token_filter(dependency: torch.Tensor, completion_mask: torch.Tensor, keep_fraction: float) -> torch.Tensor:
@@ -233,8 +251,9 @@ def masked_prompts(prompts, policy, step: int, places: list[int], args: Args):
 
 
 @torch.no_grad()
-def token_dependency(scorer, policy, batch: Batch, masked, args: Args) -> torch.Tensor:
-    """Dependency S [R, T] of the trained rows' tokens: what `masked` prompts in place of the batch's do to them."""
+def token_dependency(scorer, policy, batch: Batch, step: int, places: list[int], args: Args) -> torch.Tensor:
+    """Dependency S [R, T] of the trained rows' tokens: what masked prompts in place of the batch's do to them."""
+    masked = masked_prompts(batch.prompts, policy, step, places, args)
     view = Batch(**{**vars(batch), "prompts": masked, "clean": batch.prompts})
     if args.dependency == "k3":
         old_logprobs = batch.sampled_logprobs if batch.old_logprobs is None else batch.old_logprobs
@@ -273,6 +292,7 @@ def main(args: Args) -> dict:
         return draw_prompts(args, policy, train, step, places)
 
     evaluations.before()
+    # `drawn()` returns what `draw` makes of a step; on CUDA a thread works on it while the step before is trained.
     for step, drawn in prefetch(draw, range(first_step, args.steps), in_thread=device.type == "cuda"):
         # === Sample: N prompts, G completions each ===
         meter.start()
@@ -296,14 +316,13 @@ def main(args: Args) -> dict:
         meter.add("accuracy", accuracy)
         meter.add("frac_reward_zero_std", ~kept_groups(rewards, accuracy, args.group_size, "reward"))
         meter.add("frac_accuracy_constant", accuracy.view(-1, args.group_size).std(1) == 0)
-        meter.add_terms(scored.terms, scored.verdicts)
+        meter.add_terms(scored.terms, scored.verdicts)  # the reward's parts, and how answers were understood
         meter.lap("reward")
 
         # === Advantage: each row against its group ===
         all_rewards = accelerator.gather(rewards)
-        advantages = group_advantages(all_rewards, args.group_size, args.scale_rewards, args.advantage_eps)[
-            local
-        ]  # [R]
+        advantages = group_advantages(all_rewards, args.group_size, args.scale_rewards, args.advantage_eps)
+        advantages = advantages[local]  # [R]
         kept = kept_groups(rewards, accuracy, args.group_size, args.filter_groups)  # [N] groups that count
         mask = completion_mask & kept.repeat_interleave(args.group_size)[:, None]  # [R, T] tokens that count
         if args.mask_truncated_completions:
@@ -319,7 +338,7 @@ def main(args: Args) -> dict:
             completion_mask=completion_mask,
             mask=mask,
             advantages=advantages[:, None],
-            sampled_logprobs=rollout.old_logprobs,
+            sampled_logprobs=rollout.logprobs,
             old_logprobs=None,  # with one update those of the scores themselves
             ref_logprobs=None,
             kept=kept.repeat_interleave(args.group_size),
@@ -330,14 +349,16 @@ def main(args: Args) -> dict:
             batch.old_logprobs = score_rows(scorer, batch, args.temperature, args.micro_batch_tokens)
         if args.kl_coef:
             batch.ref_logprobs = score_rows(reference, batch, args.temperature, args.micro_batch_tokens)
-        batch.dependency = torch.zeros_like(rollout.old_logprobs)  # [R, T]
+        batch.dependency = torch.zeros_like(rollout.logprobs)  # [R, T]
         if args.keep_fraction < 1 or args.beta_min < 1 or args.beta_max:
-            masked = masked_prompts(prompts, policy, step, places, args)
-            batch.dependency = token_dependency(scorer, policy, batch, masked, args)
+            batch.dependency = token_dependency(scorer, policy, batch, step, places, args)
         batch.row_dependency = row_mean(batch.dependency, completion_mask)  # [R]
-        batch.keep = token_filter(batch.dependency, completion_mask, args.keep_fraction)  # [R, T]
+        blind = torch.tensor([not example.images for example in asked], device=device)  # [R]
+        batch.keep = token_filter(batch.dependency, completion_mask, args.keep_fraction) | blind[:, None]  # [R, T]
+        batch.seen = batch.trained & mask.any(1) & ~blind  # [R] rows whose dependency counts
+        meter.add("dependency/no_picture", blind)
         for name, right in (("right", accuracy == 1), ("wrong", accuracy < 1)):
-            meter.add(f"dependency/{name}", batch.row_dependency[batch.trained & right])
+            meter.add(f"dependency/{name}", batch.row_dependency[batch.seen & right])
 
         # === Update ===
         optimizer.param_groups[0]["lr"] = rate_at(args, step)
@@ -346,18 +367,18 @@ def main(args: Args) -> dict:
             meter.total("updates_skipped", (trained_rows == 0) / accelerator.num_processes)
             if not trained_rows:
                 continue
-            seen = accelerator.gather(part.row_dependency)[accelerator.gather(part.trained)]
-            shaping = shaping_factors(part.row_dependency, seen.amin(), seen.mean(), seen.amax(), args)  # [R]
-            part.advantages = part.advantages * shaping[:, None]
-            meter.add("shaping/mean", shaping[part.trained])
-            meter.extremes("shaping/min", "shaping/max", shaping[part.trained])
+            seen = accelerator.gather(part.row_dependency)[accelerator.gather(part.seen)]
+            shaping = torch.where(part.seen, shaping_factors(part.row_dependency, seen, args), 1)  # [R]
+            part.advantages = (advantages[part.number] * shaping)[:, None] * part.keep  # [R, T]
+            meter.add("shaping/mean", shaping[part.seen])
+            meter.extremes("shaping/min", "shaping/max", shaping[part.seen])
             for mb in micro_batches(part, args.group_size, args.micro_batch_tokens, accelerator):
                 scores = scorer(mb.prompts, mb.ids, mb.completion_mask, args.temperature)
                 old_logprobs = scores.logprobs.detach() if mb.old_logprobs is None else mb.old_logprobs
                 losses, ratio = policy_loss(scores.logprobs, old_logprobs, mb.advantages, mb.mask, args)
                 if args.tis_cap:
                     losses = losses * importance_weights(old_logprobs, mb.sampled_logprobs, args.tis_cap)
-                losses = losses * mb.keep - args.entropy_coef * scores.logprobs
+                losses = losses - args.entropy_coef * scores.logprobs
                 if args.kl_coef:
                     kl = k3_divergence(scores.logprobs, mb.ref_logprobs)
                     losses = losses + args.kl_coef * kl
@@ -368,8 +389,8 @@ def main(args: Args) -> dict:
                 meter.total("loss", loss / updates)
                 meter.add("entropy", scores.entropy, mb.mask)
                 meter.add("mismatch", (old_logprobs - mb.sampled_logprobs).abs(), mb.mask)
-                meter.add("clip_ratio/low_mean", (ratio < 1 - args.clip_low) & (mb.advantages < 0) & mb.keep, mb.mask)
-                meter.add("clip_ratio/high_mean", (ratio > 1 + args.clip_high) & (mb.advantages > 0) & mb.keep, mb.mask)
+                meter.add("clip_ratio/low_mean", (ratio < 1 - args.clip_low) & (mb.advantages < 0), mb.mask)
+                meter.add("clip_ratio/high_mean", (ratio > 1 + args.clip_high) & (mb.advantages > 0), mb.mask)
                 meter.add("nll", -scores.logprobs, mb.mask)
                 meter.add("dependency", mb.dependency, mb.mask)
                 meter.add("dependency/kept", mb.dependency, mb.mask & mb.keep)

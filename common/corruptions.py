@@ -168,10 +168,8 @@ def choose(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(chosen))
 
 
-def check_corruptions(
-    flag: str, names: tuple[str, ...], severity_flag: str, severities: tuple[int, ...]
-) -> tuple[str, ...]:
-    """What `choose` makes of the names behind `flag`.
+def check_corruptions(names: tuple[str, ...], severities: tuple[int, ...], prefix: str = "--") -> tuple[str, ...]:
+    """What `choose` makes of the names behind the flag `--corruptions`, or `--train-corruptions` with that prefix.
 
     Raises:
         SystemExit: one line, where a name or a severity is unknown or there is none.
@@ -179,11 +177,11 @@ def check_corruptions(
     try:
         chosen = choose(names)
     except ValueError as error:
-        raise SystemExit(f"{flag}: {error}") from None
+        raise SystemExit(f"{prefix}corruptions: {error}") from None
     if not names or not severities:
-        raise SystemExit(f"{severity_flag if names else flag}: nothing stands behind it")
+        raise SystemExit(f"{prefix}{'severities' if names else 'corruptions'}: nothing stands behind it")
     if not set(severities) <= {1, 2, 3, 4, 5}:
-        raise SystemExit(f"{severity_flag} {' '.join(map(str, severities))}: each must be one of 1 to 5")
+        raise SystemExit(f"{prefix}severities {' '.join(map(str, severities))}: each must be one of 1 to 5")
     return chosen
 
 

@@ -1,10 +1,12 @@
 """One training step with given rewards, and what is needed to compute its loss and gradient apart from the loop."""
 
 import json
+from dataclasses import replace
 
 import torch
 
-from common.model.load import load_policy
+from common.data.messages import build_messages
+from common.model.load import encode_prompts, load_policy
 from common.model.scoring import Scorer
 
 
@@ -22,15 +24,27 @@ def one_step(script, monkeypatch, folder, correct: list, rewards: list, **settin
         )
     given = {"rewards": [float(r) for r in rewards], "accuracy": [float(c) for c in correct], "terms": {}}
     monkeypatch.setattr(script, "reward_completions", lambda *a: reward(*a)._replace(**given))
-    args = script.Args(
-        steps=1, prompts_per_step=3, group_size=4, max_completion_length=40, seed=8, test_examples=0, eval_every=0,
-        preflight=False, out=str(folder / "run"), **settings,
-    )  # fmt: skip
+    usual = {"steps": 1, "prompts_per_step": 3, "group_size": 4, "max_completion_length": 40, "seed": 8}
+    usual |= {"test_examples": 0, "eval_every": 0, "preflight": False, "out": str(folder / "run")}
+    args = script.Args(**usual | settings)
     script.main(args)
     metrics = json.loads((folder / "run" / "metrics.jsonl").read_text())
     policy, rollout, prompts = load_policy("tiny"), seen["sample"], seen["draw_prompts"][1]
     logprobs = Scorer(policy)(prompts, rollout.completion_ids, rollout.completion_mask).logprobs
     return args, metrics, policy, prompts, rollout.completion_ids, rollout.completion_mask, logprobs
+
+
+def without_a_picture(draw, places: list[int]):
+    """`draw_prompts`, but that the examples at some places of the step are of their text alone."""
+
+    def drawn(args, policy, train, *where):
+        examples, _ = draw(args, policy, train, *where)
+        for n in places:
+            examples[n] = replace(examples[n], images=(), question=examples[n].question.replace("<image>", ""))
+        messages = [build_messages(example, args.prompt_template) for example in examples]
+        return examples, encode_prompts(policy, messages, [list(example.images) for example in examples])
+
+    return drawn
 
 
 def standardized(rewards: list) -> torch.Tensor:

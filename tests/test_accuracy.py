@@ -20,8 +20,8 @@ from common.evaluation.__main__ import Args, main, mark
 from common.evaluation.accuracy import evaluate, interval, pass_at, summarize, table
 from common.evaluation.probes import image_reliance
 from common.evaluation.robustness import bootstrap, robustness, robustness_summary, robustness_table, show_robustness
-from common.model.load import TINY, load_policy
-from common.run.checkpoints import newest_checkpoint, settings_of
+from common.model.load import TINY, load_policy, newest_checkpoint
+from common.run.checkpoints import settings_of
 from tests.small_models import picture, small_folder, small_policy, watch_loading
 
 

@@ -12,7 +12,7 @@ import grpo
 import noisy_grpo
 from common.model import training
 from noisy_grpo import Args, group_z, levels_of, noise_schedule, noisy_bytes, noisy_image, posterior_advantages
-from tests.one_step import gradient_norm, one_step
+from tests.one_step import gradient_norm, one_step, standardized, without_a_picture
 
 ABAR = noise_schedule()
 LADDER = [0.0, 0.3, 0.6, 0.9]
@@ -200,6 +200,7 @@ def test_each_setting_trains_differently(tmp_path):
     [
         ({"noise_levels": (0.0, 1.5)}, "--noise-levels 0.0 1.5: each must be from 0 to 1"),
         ({"prior_var": 0.0}, "--prior-var 0.0: must be above 0"),
+        ({"scale_rewards": "none"}, "--scale-rewards none: needs --posterior none"),
         ({"lik_alpha": float("nan")}, "--lik-alpha nan: must be above 0"),
     ],
 )
@@ -227,6 +228,17 @@ def test_micro_batches_count_the_noisy_prompt_of_every_row(monkeypatch, tmp_path
     for name in ("clean", "noisy"):
         run(noisy_grpo, tmp_path, name, update_image=name, steps=1)
     assert sizes[-1] == 4 * sizes[1], "the last cut of each run is that of the update"
+
+
+def test_a_group_without_a_picture_is_grpos(monkeypatch, tmp_path):
+    """No noise was applied: levels are 0, the posterior is of the rewards alone, and no level's metrics have it."""
+    rewards = [1, 0, 0, 1, 1, 1, 1, 1, 0, 0, 1, 0]
+    monkeypatch.setattr(noisy_grpo, "draw_prompts", without_a_picture(noisy_grpo.draw_prompts, [0, 1, 2]))
+    _, logged, policy, _, _, mask, logprobs = one_step(noisy_grpo, monkeypatch, tmp_path, [1] * 12, rewards)
+    loss = (-standardized(rewards) * (logprobs - logprobs.detach()).exp())[mask].sum() / mask.sum()
+    assert logged["loss"] == pytest.approx(loss.item(), abs=1e-4) and abs(loss) > 1e-3
+    assert logged["grad_norm"] == pytest.approx(gradient_norm(policy, loss), rel=2e-3)  # standardized twice
+    assert logged["noise/0.90/reward"] is None and logged["noise/0.90/advantage"] is None
 
 
 def test_a_step_uses_the_posterior_advantages_on_clean_images(monkeypatch, tmp_path):

@@ -197,7 +197,7 @@ def test_sampling_and_scoring_that_disagree_stop_the_run(tmp_path, monkeypatch):
 
     def shifted(*args, **kwargs):
         rollout = original(*args, **kwargs)
-        rollout.old_logprobs -= 0.01
+        rollout.logprobs -= 0.01
         return rollout
 
     monkeypatch.setattr(module, "sample", shifted)
@@ -212,7 +212,7 @@ def test_recorded_and_plain_decoding_are_compared_where_decoders_record(error, t
     def recorded(*args, **kwargs):
         rollout = original(*args, **kwargs)
         if not module.Decoder.may_record:
-            rollout.old_logprobs -= error
+            rollout.logprobs -= error
         return rollout
 
     monkeypatch.setattr(module, "can_record", lambda device: True)

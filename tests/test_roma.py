@@ -14,7 +14,7 @@ from common.corruptions import SEEN
 from common.data.prompts import replace_images
 from common.model.sampling import sample, uniform_numbers
 from common.model.scoring import Scorer
-from common.model.training import pack_views, rows_of
+from common.model.training import Batch, pack_views, rows_of
 from tests.one_step import gradient_norm, one_step, standardized
 from tests.small_models import small_policy, small_prompts
 
@@ -193,7 +193,8 @@ def test_packed_views_equal_each_view_scored_alone(family):
     views = [replace_images(policy, prompts, pictures) for pictures in other]
     scorer, members = Scorer(policy), [2, 0]
     own = rows_of(members, 3)
-    packed, rows, prompt_of_row = pack_views(prompts, views, members, viewed, group_size=3)
+    batch = Batch(prompts=prompts, views=views, ids=ids)
+    packed, rows, prompt_of_row = pack_views(batch, members, viewed, group_size=3)
     assert rows == [6, 7, 8, 0, 1, 2, 1, 6, 8, 1, 6, 8]
     scores = scorer(packed, ids[rows], mask[rows], 1.0, prompt_of_row).logprobs
     clean = scorer(prompts.select(members), ids[own], mask[own]).logprobs
@@ -285,3 +286,8 @@ def test_each_ablation_trains_differently(tmp_path):
 def test_bad_flags_are_one_line(settings, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         roma.main(roma.Args(out=str(tmp_path / "x"), **settings))
+
+
+def test_the_coefficients_are_those_of_the_model():
+    assert [roma.Args(model=m).kl_view_coef for m in ("tiny", "Qwen/Qwen3-VL-4B")] == [0.3, 0.1]
+    assert roma.Args(model="Qwen/Qwen3-VL-4B", aux_coef=0.0).aux_coef == 0, "0 is a value"

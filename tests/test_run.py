@@ -41,6 +41,7 @@ class Args:
     eval_every: int = 0
     eval_examples: int = 200
     push_to_hub: str = ""
+    anneal: bool = False
 
 
 def new_run(folder, **kwargs) -> Run:
@@ -132,7 +133,7 @@ def test_a_disk_that_is_full_costs_no_checkpoint(limit, part, tmp_path):
     before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # a file that grows beyond fails as on a full disk
     try:
-        with pytest.raises(SystemExit, match=r"step-000002: cannot be written \([^\n]*\); checkpoints that are there"):
+        with pytest.raises(SystemExit, match=r"step-000002: cannot be written \([^\n]*\); what was there stays"):
             run.save(2, policy, optimizer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
@@ -242,7 +243,7 @@ def test_signals_ask_for_a_stop_and_the_second_interrupts(tmp_path, capfd):
     run.stopped(3)
     said = capfd.readouterr()
     assert said.err.count("stopping: this step is finished and saved first") == 1
-    assert f"stopped after step 3 and saved; go on by the same command with --resume {tmp_path / 'run'}" in said.out
+    assert f"stopped after step 3 and saved; go on with test.py --resume {tmp_path / 'run'}" in said.out
     assert signal.getsignal(signal.SIGINT) is handler, "signals are the caller's again"
 
 
@@ -386,6 +387,9 @@ def test_another_runs_folder_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="leave out --out"):
         new_run(tmp_path / "other", resume=str(tmp_path / "run"))
     new_run(tmp_path / "run", resume=str(tmp_path / "run"), steps=20)
+    new_run(tmp_path / "annealed", anneal=True)
+    with pytest.raises(SystemExit, match="--steps was 10 there and is 20 now"):  # levels would jump
+        new_run(tmp_path / "annealed", resume=str(tmp_path / "annealed"), steps=20, anneal=True)
     (tmp_path / "run" / "checkpoints" / "step-000007").mkdir()
     with pytest.raises(SystemExit, match=r"--steps 6: .*run has done 7 already"):
         new_run(tmp_path / "run", resume=str(tmp_path / "run"), steps=6)

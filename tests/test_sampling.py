@@ -48,7 +48,7 @@ def test_sampled_logprobs_equal_teacher_forced_ones(family, settings):
     prompts, _, _ = small_prompts(policy)
     rollout = sample(policy, prompts, GROUP, TOKENS, uniform_numbers(0, 0, range(9), TOKENS), **settings)
     scores = Scorer(policy)(prompts, rollout.completion_ids, rollout.completion_mask, settings.get("temperature", 1.0))
-    torch.testing.assert_close(rollout.old_logprobs, scores.logprobs.detach(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(rollout.logprobs, scores.logprobs.detach(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_adapters_are_part_of_the_sampling_policy(adapter, folded):
     draw_adapters(policy)
     rollout = sample_small(policy)
     assert_scored_as_sampled(policy, rollout)
-    assert (rollout.old_logprobs[:, 0] - plain.old_logprobs[:, 0]).abs().max() > 0.01
+    assert (rollout.logprobs[:, 0] - plain.logprobs[:, 0]).abs().max() > 0.01
     assert (low_rank(policy.base.model.language_model.layers[0].self_attn.q_proj) is not None) == folded
     with policy.model.disable_adapter():
         assert torch.equal(sample_small(policy).completion_ids, plain.completion_ids)
@@ -98,7 +98,7 @@ def draw_adapters(policy):
 def assert_scored_as_sampled(policy, rollout):
     prompts, _, _ = small_prompts(policy)
     scores = Scorer(policy)(prompts, rollout.completion_ids, rollout.completion_mask)
-    torch.testing.assert_close(rollout.old_logprobs, scores.logprobs.detach(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(rollout.logprobs, scores.logprobs.detach(), atol=1e-4, rtol=0)
 
 
 def sample_small(policy):
@@ -199,7 +199,7 @@ def test_vision_tokens_cannot_be_sampled():
         head.weight[policy.banned] *= 100
     rollout = sample(policy, prompts, 20, 8, uniform_numbers(0, 0, range(60), 8))
     assert not policy.banned[rollout.completion_ids[rollout.completion_mask]].any()
-    assert rollout.old_logprobs.isfinite().all()
+    assert rollout.logprobs.isfinite().all()
     assert policy.banned.nonzero()[:, 0].tolist() == [259, 260, 261, 262, 263, *range(264, 272)]
 
 
@@ -224,7 +224,7 @@ def test_rows_that_end_are_dropped_without_disturbing_the_others(monkeypatch):
     whole = sample(policy, prompts, 16, 30, uniforms)
     assert torch.equal(dropping.completion_ids, whole.completion_ids)
     assert torch.equal(dropping.completion_mask, whole.completion_mask)
-    torch.testing.assert_close(dropping.old_logprobs, whole.old_logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(dropping.logprobs, whole.logprobs, atol=1e-5, rtol=0)
     assert len(set(dropping.completion_mask.sum(1).tolist())) > 5
 
     ids, mask, lengths = dropping.completion_ids, dropping.completion_mask, dropping.completion_mask.sum(1)
@@ -255,10 +255,10 @@ def test_completions_do_not_depend_on_the_number_of_slots(family, block_tokens, 
         assert torch.equal(rollout.completion_ids, together.completion_ids)
         assert torch.equal(rollout.completion_mask, together.completion_mask)
         assert torch.equal(rollout.ended, together.ended)
-        torch.testing.assert_close(rollout.old_logprobs, together.old_logprobs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(rollout.logprobs, together.logprobs, atol=1e-5, rtol=0)
     again = sample(policy, prompts, 16, 30, uniforms, slots=5)
     first = sample(policy, prompts, 16, 30, uniforms, slots=5)
-    assert torch.equal(again.old_logprobs, first.old_logprobs), "with one number of slots to the bit"
+    assert torch.equal(again.logprobs, first.logprobs), "with one number of slots to the bit"
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 3, 6])
@@ -281,7 +281,7 @@ def test_in_bfloat16_slots_sample_what_scoring_scores(monkeypatch):
     for slots in (0, 5):
         rollout = sample(policy, prompts, 16, 30, uniforms, slots=slots)
         scores = Scorer(policy)(prompts, rollout.completion_ids, rollout.completion_mask)
-        gaps.append((scores.logprobs - rollout.old_logprobs)[rollout.completion_mask].abs().mean().item())
+        gaps.append((scores.logprobs - rollout.logprobs)[rollout.completion_mask].abs().mean().item())
     assert gaps[1] < 1.2 * gaps[0], "blocks round no worse than all rows together"
 
 
@@ -337,7 +337,7 @@ def test_a_recorded_step_goes_on_when_rows_end_and_others_come(monkeypatch):
     monkeypatch.setattr(StaticGraphs, "recordings", 0)
     recorded = sample(policy, many, 4, 30, uniforms, slots=12)
     assert torch.equal(plain.completion_ids, recorded.completion_ids)
-    torch.testing.assert_close(plain.old_logprobs, recorded.old_logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(plain.logprobs, recorded.logprobs, atol=1e-5, rtol=0)
     assert 1 <= StaticGraphs.recordings < 10, "once, where room for prompts grew, and where slots were left empty"
 
 
@@ -381,7 +381,7 @@ def test_what_a_cuda_graph_records_computes_the_same(family, monkeypatch):
     monkeypatch.setattr("common.model.decoder.Decoder.step", recorded_step)
     recorded = sample(policy, prompts, 8, 20, uniforms)
     assert torch.equal(plain.completion_ids, recorded.completion_ids)
-    torch.testing.assert_close(plain.old_logprobs, recorded.old_logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(plain.logprobs, recorded.logprobs, atol=1e-5, rtol=0)
 
 
 class FakeGraphs:

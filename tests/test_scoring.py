@@ -342,7 +342,7 @@ def test_in_bfloat16_sampling_and_scoring_agree_within_a_bound(name, lora_rank, 
     rollout = sample(policy, prompts, GROUP, 48, uniform_numbers(0, 0, range(9), 48))
     mask = rollout.completion_mask
     scores = Scorer(policy, gradient_checkpointing=recompute)(prompts, rollout.completion_ids, mask)
-    gap = (scores.logprobs - rollout.old_logprobs)[mask].abs()
+    gap = (scores.logprobs - rollout.logprobs)[mask].abs()
     assert scores.logprobs.dtype == torch.float32 and 0 < gap.mean() < 0.01, (gap.mean(), gap.max())
     scores.logprobs.sum().backward()
     trained = [p for p in policy.model.parameters() if p.requires_grad]

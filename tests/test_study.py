@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +44,7 @@ def test_a_study_goes_on_with_fewer_corruptions_and_a_new_seed(tmp_path, monkeyp
         run = tmp_path / f"grpo-seed{seed}"
         (run / "evaluations").mkdir(parents=True)
         (run / "summary.json").write_text("{}")
+        (run / "args.json").write_text('{"data": "puzzles", "max_pixels": 0}')
         evaluated = {"models": {str(run): {"cells": {cell: [1.0, 0.0] for cell in held}}}}
         (run / "evaluations" / "test-2.json").write_text(json.dumps(evaluated))
     args = Args(methods=("grpo: grpo.py",), out=str(tmp_path), seeds=(1, 2), splits=("test",), severities=(5,), limit=2)
@@ -50,6 +52,33 @@ def test_a_study_goes_on_with_fewer_corruptions_and_a_new_seed(tmp_path, monkeyp
         main(replace(args, corruptions=corruptions))
         results = json.loads((tmp_path / "results.json").read_text())
         assert set(results["splits"]["test"]["grpo"]["cells"]) == cells
+
+
+def test_a_run_is_evaluated_on_its_own_data(tmp_path, monkeypatch, capsys):
+    """By its own columns and picture sizes, on its test split."""
+    seen = []
+
+    def evaluated(command, **_):
+        if "--split" in command:
+            seen.append(command)
+            run, out = (command[command.index(flag) + 1] for flag in ("--model", "--out"))
+            rows = [{"correct": [1.0]}, {"correct": [0.0]}]
+            Path(out).write_text(json.dumps({"models": {run: {"rows": rows}}}))
+        else:
+            run = Path(command[command.index("--out") + 1])
+            (run / "evaluations").mkdir(parents=True)
+            (run / "summary.json").write_text("{}")
+            (run / "args.json").write_text(json.dumps({"data": "shapes.jsonl", "kind": "int", "max_pixels": 4096}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("subprocess.run", evaluated)
+    flags = "--data shapes.jsonl --kind int --test-split exam --max-pixels 4096"
+    main(Args(methods=(f"grpo: grpo.py {flags}",), out=str(tmp_path), seeds=(1,)))
+    (command,) = seen
+    assert command[command.index("--split") + 1] == "exam"
+    words = " ".join(command)
+    assert "--data shapes.jsonl --kind int --max-pixels 4096" in words
+    assert "exam: 2 examples, seeds 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -60,7 +89,20 @@ def test_a_study_goes_on_with_fewer_corruptions_and_a_new_seed(tmp_path, monkeyp
         ({"methods": ("a: grpo.py", "a: roma.py")}, "--methods 'a: roma.py': there are two of the name 'a'"),
         ({"corruptions": ("rain",)}, "--corruptions: corruption 'rain' is not one of"),
         ({"corruptions": ("fog",), "severities": (0, 6)}, "--severities 0 6: each must be one of 1 to 5"),
-        ({"jobs": 0}, "--jobs, --limit, --methods, --seeds, --splits: at least one of each"),
+        ({"jobs": -1}, "--limit, --methods, --seeds: at least one of each; --jobs, --look: at least 0"),
+        (
+            {"methods": ("a: grpo.py --stepz 3",)},
+            r"--methods 'a: grpo.py --stepz 3': Unrecognized options: --stepz, 3$",
+        ),
+        (
+            {"methods": ("a: grpo.py --steps x",)},
+            "--methods 'a: grpo.py --steps x': Error parsing --steps: invalid lit",
+        ),
+        (
+            {"methods": ("a: grpo.py", "b: vppo.py --data x.jsonl")},
+            "different data .a on puzzles test; b on x.jsonl test",
+        ),
+        ({"methods": ("a: grpo.py", "b: grpo.py --kind int")}, "a study compares on one set"),
         ({"seeds": (1, 2, 1)}, "--seeds 1 2 1: each only once"),
         ({"splits": ("test", "exam")}, "--splits exam: choose among train, validation, test, shifted"),
         ({"methods": ("a/b: grpo.py",)}, "the name 'a/b' must be letters, digits"),
@@ -73,7 +115,7 @@ def test_bad_flags_are_one_line(settings, message, tmp_path):
 
 
 def test_a_run_that_fails_says_where_to_look(tmp_path):
-    with pytest.raises(SystemExit, match=r"bad, seed 1: stopped with 1: --group-size 1: .* \(see .*bad-seed1.log\)"):
+    with pytest.raises(SystemExit, match=r"bad, seed 1: stopped with 1: --group-size 1: .* \(see .*bad-seed1.log\)$"):
         main(Args(methods=("bad: grpo.py --group-size 1",), out=str(tmp_path), seeds=(1,)))
     with pytest.raises(SystemExit, match=r"bad, seed 1: stopped with 1: --group-size 0"):  # nothing binds it to a typo
         main(Args(methods=("bad: grpo.py --group-size 0",), out=str(tmp_path), seeds=(1,)))

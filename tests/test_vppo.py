@@ -13,7 +13,7 @@ from common.model.layers import attention
 from common.model.load import process_images
 from common.model.sampling import sample, uniform_numbers
 from common.model.scoring import Scorer
-from tests.one_step import gradient_norm, one_step, standardized
+from tests.one_step import gradient_norm, one_step, standardized, without_a_picture
 from tests.small_models import small_policy, small_prompts
 
 close = lambda a, b: torch.testing.assert_close(
@@ -46,7 +46,7 @@ def current_logits():
 
 
 def statistics(values, args=ARGS):
-    return vppo.shaping_factors(values, values.amin(), values.mean(), values.amax(), args)
+    return vppo.shaping_factors(values, values, args)
 
 
 def loss_of(logprobs, args=ARGS, dependency=None, rows=slice(None)):
@@ -121,6 +121,7 @@ def test_shaping_has_the_worked_numbers(settings, expected):
         advantages = vppo.group_advantages(torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0]), 8, "group", 1e-6)
         assert torch.equal((factors * advantages).sign(), advantages.sign())
     assert torch.equal(statistics(torch.full((8,), 0.07)), torch.ones(8))
+    assert torch.equal(vppo.shaping_factors(values, values[:0], ARGS), torch.ones(8)), "a step of nothing but text"
 
 
 @pytest.mark.parametrize(
@@ -271,6 +272,35 @@ def test_each_setting_trains_differently(tmp_path):
 def test_bad_flags_are_one_line(settings, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         vppo.main(vppo.Args(out=str(tmp_path / "x"), **settings))
+
+
+def test_text_and_truncated_rows_are_not_shaped_and_a_second_epoch_shapes_no_more_than_the_first(monkeypatch, tmp_path):
+    """The loss of one step of three groups, the second without a picture, some rows cut by the length limit, computed
+    apart from the loop: text keeps all its tokens at factor 1; least and mean dependency are those of the others."""
+    rewards = [1.5, 0.5, 0, 1] * 3
+    monkeypatch.setattr(vppo, "draw_prompts", without_a_picture(vppo.draw_prompts, [1]))
+    ended = torch.arange(12) % 3 > 0
+    sampled, seen, original = vppo.sample, {}, vppo.token_dependency
+    monkeypatch.setattr(vppo, "sample", lambda *a: replace(sampled(*a), ended=ended))
+    monkeypatch.setattr(vppo, "token_dependency", lambda *a: seen.setdefault("dependency", original(*a)))
+    _, logged, policy, _, _, mask, logprobs = one_step(
+        vppo, monkeypatch, tmp_path, [1] * 12, rewards, beta_min=0.5, keep_fraction=0.3, entropy_coef=0.0, clip_low=50,
+        clip_high=50, filter_groups="none", mask_truncated_completions=True, epochs_per_rollout=2, learning_rate=0.0,
+    )  # fmt: skip
+    text = torch.arange(12).div(4, rounding_mode="floor") == 1
+    dependency = seen["dependency"]
+    row = vppo.row_mean(dependency, mask)
+    counted = row[ended & ~text]
+    shaping = 0.5 + 0.5 * (row - counted.min()) / (counted.mean() - counted.min())
+    shaping[text] = 1
+    keep = vppo.token_filter(dependency, mask, 0.3) | text[:, None]
+    inside = mask & ended[:, None]
+    ratio = (logprobs - logprobs.detach()).exp()
+    loss = -(standardized(rewards) * shaping[:, None] * keep * ratio)[inside].sum() / inside.sum()
+    assert logged["loss"] == pytest.approx(loss.item(), abs=1e-5) and abs(loss) > 1e-3
+    assert logged["grad_norm"] == pytest.approx(gradient_norm(policy, loss), rel=1e-3)
+    assert logged["dependency/no_picture"] == pytest.approx(1 / 3)
+    assert logged["shaping/mean"] == pytest.approx(1, abs=1e-5)
 
 
 def test_a_step_pays_for_likely_tokens(monkeypatch, tmp_path):

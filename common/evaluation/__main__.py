@@ -30,8 +30,8 @@ from common.evaluation.robustness import (
     robustness_table,
     write_results,
 )
-from common.model.load import TINY, check_model, load_policy
-from common.run.checkpoints import newest_checkpoint, settings_of
+from common.model.load import TINY, check_model, load_policy, newest_checkpoint
+from common.run.checkpoints import settings_of
 from common.run.files import checksum
 from common.run.settings import Count, Natural, Weight, check_ranges, memory_advice
 
@@ -93,7 +93,7 @@ def check(args: Args) -> None:
             raise SystemExit(f"--benchmark {name}: choose among {', '.join(SOURCES)}, with =FOLDER behind for a folder")
     names = ("seen",) if args.corruptions is None else args.corruptions
     severities = (1, 3, 5) if args.severities is None else args.severities
-    check_corruptions("--corruptions", names, "--severities", severities)
+    check_corruptions(names, severities)
     if args.severities and not args.corruptions:
         raise SystemExit(f"--severities {' '.join(map(str, args.severities))}: of what? Pass --corruptions with it")
 

@@ -23,20 +23,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 
 from common.data.examples import Example, load_examples
 from common.data.messages import TEMPLATE, build_messages, check_template
 from common.evaluation.accuracy import aligned
 from common.evaluation.robustness import bootstrap
-from common.model.load import Policy, encode_prompts, load_policy, process_images
+from common.model.load import Policy, encode_prompts, load_policy, newest_checkpoint, process_images
 from common.model.sampling import decode, sample, uniform_numbers
 from common.model.scoring import Scorer
 from common.rewards.answers import score
-from common.run.checkpoints import newest_checkpoint, settings_of
-from common.run.files import write
-from common.run.settings import Count, Natural, PositiveShare, Weight, check_ranges
+from common.run.checkpoints import settings_of
+from common.run.files import one_line, write
+from common.run.settings import Count, Natural, PositiveShare, Weight, check_ranges, command_line
 
 LATE = 0.5  # a completion's last half is late
 PLACES = 10  # of the curves
@@ -52,6 +51,11 @@ class Args:
     """puzzles, a .jsonl or .parquet file, a folder, or a hub id"""
     split: str = "test"
     """which part of it"""
+    image_column: str = ""
+    question_column: str = ""
+    answer_column: str = ""
+    kind: str = ""
+    """how answers are checked: math, int, letter, ..."""
     image_root: str = ""
     """folder that image paths are relative to and must lie in (default: the data set's own)"""
     limit: Count = 100
@@ -338,7 +342,9 @@ def main(args: Args) -> dict[str, dict]:
         raise SystemExit(f"--out {args.out}: cannot be made ({error.strerror})") from None
     titles = [Path(name).name for name in args.model]
     titles = titles if len(set(titles)) == len(titles) else list(args.model)  # short where they stay distinct
-    examples = load_examples(args.data, args.split, limit=args.limit, image_root=args.image_root)
+    names = ("image_column", "question_column", "answer_column", "kind", "image_root")
+    columns = {name: getattr(args, name) for name in names}
+    examples = load_examples(args.data, args.split, limit=args.limit, **columns)
     examples = [examples[n] for n in range(len(examples))]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = {}
@@ -361,16 +367,17 @@ def main(args: Args) -> dict[str, dict]:
         name: [{"right": x.right, "length": len(x.tokens), **x.means()} for x in looks]
         for name, looks in models.items()
     }
-    write(folder / "look.json", json.dumps({"summary": summary, "examples": rows}, indent=1))
-    write(folder / "index.html", page(models, examples[: args.show]))
-    if args.show:
-        plot_tokens(models, examples[: args.show], folder / "tokens.png")
-    plot_curves(models, folder / "curves.png")
     print(f"{args.data}, split {args.split}, {len(examples)} examples; late: the last {LATE:.0%} of a completion")
-    print(summary_table(summary))
+    print(summary_table(summary), flush=True)
+    with one_line(f"--out {args.out}"):
+        write(folder / "look.json", json.dumps({"summary": summary, "examples": rows}, indent=1))
+        write(folder / "index.html", page(models, examples[: args.show]))
+        if args.show:
+            plot_tokens(models, examples[: args.show], folder / "tokens.png")
+        plot_curves(models, folder / "curves.png")
     print(f"{folder}: index.html, tokens.png, curves.png, look.json")
     return summary
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    command_line(main, Args)

@@ -34,12 +34,12 @@ from common.data.prompts import replace_images
 from common.data.puzzles import COLOURS, SHAPES, puzzle, solve
 from common.evaluation.accuracy import aligned
 from common.evaluation.robustness import bootstrap
-from common.model.load import Policy, Prompts, encode_prompts, load_policy
+from common.model.load import Policy, Prompts, encode_prompts, load_policy, newest_checkpoint
 from common.model.sampling import decode, sample, uniform_numbers
 from common.model.scoring import Scorer
 from common.rewards.answers import check, extract, score
 from common.rewards.designs import MARKERS
-from common.run.checkpoints import newest_checkpoint, settings_of
+from common.run.checkpoints import settings_of
 from common.run.files import write
 from common.run.settings import Count, Natural, Weight, check_ranges
 

@@ -2,11 +2,15 @@
 
     python -m common.evaluation.study --methods "grpo: grpo.py" "roma: roma.py" --corruptions seen --out studies/roma
 
-Each method is `NAME: SCRIPT FLAGS`; differences are to the first. A run is skipped where it is finished and continued
-where it was interrupted, and finished cells of an evaluation are kept, so the same command goes on where it stopped.
-Written are the runs, results.json and a plot.
+Each method is `NAME: SCRIPT FLAGS`; differences are to the first. Evaluated is on the data that the methods train on,
+which must be one set, with each run's own template, picture size and length. A run is skipped where it is finished and
+continued where it was interrupted, and finished cells of an evaluation are kept, so the same command goes on where it
+stopped. Written are the runs, results.json and a plot.
 """
 
+import contextlib
+import importlib.util
+import io
 import json
 import os
 import re
@@ -15,21 +19,23 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
-import tyro
+import torch
 from tqdm import tqdm
 
 from common.corruptions import check_corruptions, choose
 from common.data.puzzles import SPLITS
 from common.evaluation.look import FIGURES, summarize, summary_table
 from common.evaluation.robustness import CLEAN, plot_robustness, robustness_summary, robustness_table
-from common.run.files import write
+from common.run.files import one_line, read_arguments, write
+from common.run.settings import Settings, command_line, parse
 
 ROOT = Path(__file__).parents[2]
+DATA = ("data", "image_column", "question_column", "answer_column", "kind", "image_root")  # flags that name a set
 
 
 @dataclass
@@ -40,8 +46,8 @@ class Args:
     """folder for the runs and the results"""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """training seeds; runs of the same seed are compared with each other"""
-    splits: tuple[str, ...] = ("test", "shifted")
-    """splits to evaluate on"""
+    splits: tuple[str, ...] = ()
+    """splits to evaluate on (default: test and shifted of the puzzles, the runs' test split of any other set)"""
     corruptions: tuple[str, ...] = ()
     """also corrupt the pictures of the first split: names, `seen`, `unseen`, `all`"""
     severities: tuple[int, ...] = (1, 3, 5)
@@ -50,8 +56,8 @@ class Args:
     """examples of a split"""
     look: int = 0
     """examples to measure visual dependency and focus on, see common/evaluation/look.py (0: none)"""
-    jobs: int = 2
-    """runs at a time, each on one CPU thread where there are several (use 1 on a GPU)"""
+    jobs: int = 0
+    """runs at a time, each on one CPU thread where there are several (0: two, or one where there is a GPU)"""
 
 
 def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> dict[str, dict[str, list[float]]]:
@@ -66,8 +72,8 @@ def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> 
         with open(f"{folder}.log", "a") as log:
             done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log)
         if done.returncode:
-            last = (Path(f"{folder}.log").read_text().strip().splitlines() or [""])[-1]
-            raise SystemExit(f"{name}, seed {seed}: stopped with {done.returncode}: {last} (see {folder}.log)")
+            last = said(Path(f"{folder}.log").read_text(errors="replace"))[-1:]
+            raise SystemExit(f"{name}, seed {seed}: stopped with {done.returncode}: {''.join(last)} (see {folder}.log)")
 
     path, trained_by = str(folder.resolve()), Path(f"{folder}.command")
     if not (folder / "args.json").is_file():  # what never began, say for a mistyped flag, binds nobody
@@ -78,6 +84,9 @@ def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> 
                  "--resume" if begun else "--out", path])  # fmt: skip
         if not (folder / "summary.json").is_file():  # a run that was told to stop has saved and ends without an error
             raise SystemExit(f"{name}, seed {seed}: stopped before its end; the same command goes on")
+    trained = read_arguments(f"--out {args.out}", folder)
+    columns = [word for key in DATA if trained.get(key) for word in (f"--{key.replace('_', '-')}", trained[key])]
+    columns += ["--max-pixels", str(trained.get("max_pixels", 0))]
     cells = {}
     for split in args.splits:
         file = folder.resolve() / "evaluations" / f"{split}-{args.limit}.json"
@@ -85,7 +94,7 @@ def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> 
         flags = ["--corruptions", *corrupted, "--severities", *map(str, args.severities)] if corrupted else []
         if corrupted or not file.is_file():
             execute(["-m", "common.evaluation", "--model", path, "--split", split, "--limit", str(args.limit),
-                     "--out", str(file), *flags])  # fmt: skip
+                     "--out", str(file), *columns, *flags])  # fmt: skip
         result = json.loads(file.read_text())["models"][path]
         held = result.get("cells") or {CLEAN: [mean(row["correct"]) for row in result["rows"]]}
         # An earlier command may have asked for more of this run than of those that came later.
@@ -95,14 +104,60 @@ def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> 
         file = folder.resolve() / "look" / "look.json"
         if not file.is_file() or len(next(iter(json.loads(file.read_text())["examples"].values()))) != args.look:
             execute(["-m", "common.evaluation.look", "--model", path, "--split", args.splits[0],
-                     "--limit", str(args.look), "--out", str(file.parent)])  # fmt: skip
+                     "--limit", str(args.look), "--out", str(file.parent), *columns])  # fmt: skip
         (rows,) = json.loads(file.read_text())["examples"].values()
         cells["look"] = {figure: [row[figure] for row in rows] for figure in FIGURES}
     return cells
 
 
+def said(text: str) -> list[str]:
+    """The lines of an output that say something, without the frame of an error of the command line."""
+    lines = [line.strip("│| ") for line in text.splitlines()]
+    return [line for line in lines if re.search(r"\w", line) and "--help" not in line]
+
+
+def settings_of_method(method: str, command: list[str]) -> Settings | None:
+    """What a method's script makes of its flags; None of a script that is built otherwise.
+
+    Raises:
+        SystemExit: one line, where a flag is unknown or has no such value.
+    """
+    spec = importlib.util.spec_from_file_location(f"study_{Path(command[0]).stem}", ROOT / command[0])
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not issubclass(getattr(module, "Args", object), Settings):
+        return None
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
+            return parse(module.Args, command[1:])
+    except SystemExit as error:
+        reason = error.code if isinstance(error.code, str) else " ".join(said(output.getvalue())[1:2])
+        raise SystemExit(f"--methods {method!r}: {reason}") from None
+
+
+def common_data(methods: dict[str, Settings | None]) -> tuple[str, str]:
+    """The one set that all methods train on, and their test split.
+
+    Raises:
+        SystemExit: they train on several, so that nothing they could be compared on would be every method's own.
+    """
+    sets = {}
+    for name, settings in methods.items():
+        if settings is not None:
+            key = tuple(getattr(settings, flag) for flag in (*DATA, "test_split"))
+            sets.setdefault(key, []).append(name)
+    if len(sets) > 1:
+        texts = [f"{names[0]} on " + " ".join(map(str, filter(None, key))) for key, names in sets.items()]
+        raise SystemExit(f"--methods: they train on different data ({'; '.join(texts)}); a study compares on one set")
+    (key,) = sets or [("puzzles", "test")]
+    if not isinstance(key[0], str):
+        raise SystemExit(f"--methods: they train on a mixture ({' '.join(key[0])}); a study compares on one set")
+    return key[0], key[-1]
+
+
 def main(args: Args) -> None:
-    commands = {}
+    commands, methods = {}, {}
     for method in args.methods:
         name, _, command = method.partition(":")
         script = shlex.split(command)[:1]
@@ -116,20 +171,26 @@ def main(args: Args) -> None:
         if name in commands:
             raise SystemExit(f"--methods {method!r}: there are two of the name {name!r}")
         commands[name] = shlex.split(command)
+        methods[name] = settings_of_method(method, commands[name])
         for seed in args.seeds:
             file = Path(args.out) / f"{name}-seed{seed}.command"
             begun = (file.with_suffix("") / "args.json").is_file() and file.exists()
             if begun and file.read_text() != shlex.join(commands[name]):
                 raise SystemExit(f"--methods {method!r}: {file} says it was `{file.read_text()}`; use another --out")
     if args.corruptions:
-        check_corruptions("--corruptions", args.corruptions, "--severities", args.severities)
-    if args.jobs < 1 or args.limit < 1 or not args.methods or not args.seeds or not args.splits or args.look < 0:
-        raise SystemExit("--jobs, --limit, --methods, --seeds, --splits: at least one of each; --look: at least 0")
+        check_corruptions(args.corruptions, args.severities)
+    if args.jobs < 0 or args.limit < 1 or not args.methods or not args.seeds or args.look < 0:
+        raise SystemExit("--limit, --methods, --seeds: at least one of each; --jobs, --look: at least 0")
     if len(set(args.seeds)) < len(args.seeds):
         raise SystemExit(f"--seeds {' '.join(map(str, args.seeds))}: each only once")
-    if unknown := set(args.splits) - set(SPLITS):
+    data, test = common_data(methods)
+    puzzles = data.split(":")[0] == "puzzles"
+    splits = args.splits or (("test", "shifted") if puzzles else (test,))
+    if unknown := set(splits) - set(SPLITS) if puzzles else ():
         raise SystemExit(f"--splits {' '.join(sorted(unknown))}: choose among {', '.join(SPLITS)}")
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    args = replace(args, splits=splits, jobs=args.jobs or (1 if torch.cuda.is_available() else 2))
+    with one_line(f"--out {args.out}"):
+        Path(args.out).mkdir(parents=True, exist_ok=True)
 
     # Seeds outside, so that an unfinished study has all methods of its first seeds.
     runs = [(name, seed) for seed in args.seeds for name in commands]
@@ -139,6 +200,7 @@ def main(args: Args) -> None:
     try:
         results = dict(zip(runs, pool.map(task, runs), strict=True))
     except KeyboardInterrupt:
+        print("stopping: runs under way are saved first; Ctrl-C again stops at once", file=sys.stderr, flush=True)
         raise SystemExit(f"--out {args.out}: interrupted; the same command goes on") from None
     finally:
         pool.shutdown(cancel_futures=True)  # what is running is waited for
@@ -151,10 +213,9 @@ def main(args: Args) -> None:
             runs = [results[name, seed][split] for seed in args.seeds]
             models[name] = {cell: [run[cell] for run in runs] for cell in runs[0]}
         summaries[split] = robustness_summary(models)
-        print(f"\n{split}: {args.limit} examples, seeds {', '.join(map(str, args.seeds))}, mean over seeds")
+        count, seeds = len(models[name][CLEAN][0]), ", ".join(map(str, args.seeds))
+        print(f"\n{split}: {count} examples, seeds {seeds}, mean over seeds")
         print(robustness_table(summaries[split]))
-        if split == args.splits[0] and args.corruptions:
-            plot_robustness(summaries[split], Path(args.out) / "robustness.png")
     if args.look:
         figures = {
             name: {f: np.array([results[name, seed]["look"][f] for seed in args.seeds]) for f in FIGURES}
@@ -163,8 +224,11 @@ def main(args: Args) -> None:
         summaries["look"] = summarize(figures)
         print(f"\n{args.look} examples of {args.splits[0]}, late: the last half of a completion")
         print(summary_table(summaries["look"]))
-    write(Path(args.out) / "results.json", json.dumps({"methods": commands, "splits": summaries}, indent=1))
+    with one_line(f"--out {args.out}"):
+        write(Path(args.out) / "results.json", json.dumps({"methods": commands, "splits": summaries}, indent=1))
+        if args.corruptions:
+            plot_robustness(summaries[args.splits[0]], Path(args.out) / "robustness.png")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    command_line(main, Args)

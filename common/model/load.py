@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -310,6 +310,44 @@ def process_images(policy: Policy, images: list[Image.Image]) -> tuple[torch.Ten
         return None, torch.zeros(0, 3, dtype=torch.long)
     features = policy.image_processor(images=images, return_tensors="pt")
     return features["pixel_values"].float(), features["image_grid_thw"]
+
+
+def newest_checkpoint(name: str) -> str:
+    """A run folder's newest complete checkpoint; any other name as it is.
+
+    Raises:
+        SystemExit: the run has none yet, or `runs/NAME` is not there (a hub id could have that form).
+    """
+    folder = Path(name)
+    if folder.parent.name == "runs" and not folder.exists():
+        raise SystemExit(f"--model {name}: no such run folder")
+    if not (folder / "args.json").is_file():
+        return name
+    complete = [path for path in checkpoints_in(folder) if (path / "complete").is_file()]
+    if not complete:
+        raise SystemExit(f"--model {name}: the run has no complete checkpoint yet")
+    return str(complete[-1])
+
+
+def checkpoints_in(run: Path) -> list[Path]:
+    """A run's checkpoints, the newest last; folders of other names, as of a copy, are not among them."""
+    found = {path: re.fullmatch(r"step-(\d+)", path.name) for path in run.glob("checkpoints/step-*")}
+    return sorted((path for path, step in found.items() if step), key=lambda path: int(found[path][1]))
+
+
+def is_tiny(name: str) -> bool:
+    """Whether a model is the built-in one or was trained from it: a folder whose configuration, or that of the model
+    its adapter stands on, has the built-in one's vocabulary and widths."""
+    if name == "tiny":
+        return True
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        if base := adapter_base(name):
+            return is_tiny(base)
+        own, built_in = (json.loads((Path(folder) / "config.json").read_text()) for folder in (name, TINY))
+        marks = [("text_config", key) for key in ("vocab_size", "hidden_size", "num_hidden_layers")]
+        marks += [("vision_config", key) for key in ("depth", "hidden_size", "patch_size")]
+        return all(own[part][key] == built_in[part][key] for part, key in marks)
+    return False
 
 
 def resolve_name(name: str) -> str:

@@ -35,7 +35,7 @@ class Rollout:
 
     completion_ids: torch.Tensor  # [R, T] int64, right-padded
     completion_mask: torch.Tensor  # [R, T] bool, true up to and including the end token
-    old_logprobs: torch.Tensor  # [R, T] float32, of the sampling policy at the sampling temperature, 0 on padding
+    logprobs: torch.Tensor  # [R, T] float32, of the sampling policy at the sampling temperature, 0 on padding
     ended: torch.Tensor  # [R] bool, false where the length limit cut the completion
 
     def __len__(self) -> int:

@@ -183,20 +183,21 @@ def score_rows(
 
 
 def pack_views(
-    prompts: Prompts, views: list[Prompts], members: list[int], viewed: list[int], group_size: int
+    batch: Batch, members: list[int], viewed: list[int], group_size: int
 ) -> tuple[Prompts, list[int], list[int] | None]:
-    """One batch for one forward: all rows of the prompts `members`, then the rows `viewed` of any prompts under each
-    view.
+    """One batch for one forward: all rows of the groups `members`, then the rows `viewed` of any groups under each
+    view of `batch.views`.
 
     Returns prompts, the rows' numbers and each row's place among these prompts, as `Scorer` takes them.
     """
     own = rows_of(members, group_size)
     if not viewed:
-        return prompts.select(members), own, None
-    seen = sorted({row // group_size for row in viewed})
-    parts = [prompts.select(members)] if members else []
-    packed = join(parts + [view.select(seen) for view in views])
+        return batch.prompts.select(members), own, None
+    # A view's prompts stand in the rollout's order, whatever order the micro-batch has them in.
+    seen = sorted({row // group_size for row in viewed}, key=lambda n: int(batch.number[n * group_size]))
+    parts = [batch.prompts.select(members)] if members else []
+    packed = join(parts + [view.select(seen) for view in batch.views])
     prompt_of_row = [i // group_size for i in range(len(own))]
-    for k in range(len(views)):
+    for k in range(len(batch.views)):
         prompt_of_row += [len(members) + k * len(seen) + seen.index(row // group_size) for row in viewed]
-    return packed, own + viewed * len(views), prompt_of_row
+    return packed, own + viewed * len(batch.views), prompt_of_row

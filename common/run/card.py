@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from common.run.checkpoints import newest_checkpoint
+from common.model.load import newest_checkpoint
 from common.run.page import read_lines
 
 SHOWN = ("reward", "accuracy", "eval/accuracy", "completions/mean_length", "entropy", "kl")

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from common.data.messages import TEMPLATE
-from common.model.load import Policy, load_policy, save_policy
+from common.model.load import Policy, checkpoints_in, is_tiny, load_policy, save_policy
 from common.model.processes import part_of
-from common.run.files import checksum, one_line, sync, write
+from common.run.files import checksum, one_line, read_arguments, sync, write
 
 
 def write_checkpoint(folder: Path, policy: Policy, weights: dict | None, trainer: dict) -> None:
@@ -46,20 +46,20 @@ def write_checkpoint(folder: Path, policy: Policy, weights: dict | None, trainer
         raise
 
 
-def drop_old(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints in `folder`."""
-    for old in sorted(folder.glob("step-*"))[:-keep]:
+def drop_old(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints of a run folder."""
+    for old in checkpoints_in(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that is whole; None where there is none at all. Damaged ones above it are set
-    aside: were they to stay, they would count among the newest that are kept.
+def newest_whole(run: Path) -> Path | None:
+    """The newest checkpoint of a run folder that is whole; None where there is none at all. Damaged ones above it are
+    set aside: were they to stay, they would count among the newest that are kept.
 
     Raises:
         SystemExit: there are checkpoints, and none is whole.
     """
-    found = sorted(folder.glob("step-*"), reverse=True)
+    found = checkpoints_in(run)[::-1]
     for number, checkpoint in enumerate(found):
         damage = find_damage(checkpoint)
         if damage is None:
@@ -70,7 +70,7 @@ def newest_whole(folder: Path) -> Path | None:
             return checkpoint
         print(f"checkpoint {checkpoint}: {damage}; trying the one before", flush=True)
     if found:  # starting over would throw away the metrics of a run that may be mended by hand
-        raise SystemExit(f"--resume {folder.parent}: none of its checkpoints is whole; start again with --out")
+        raise SystemExit(f"--resume {run}: none of its checkpoints is whole; start again with --out")
     return None
 
 
@@ -78,8 +78,10 @@ def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         expected = json.loads((folder / "complete").read_text())
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return "it was not written to the end"
+    if not isinstance(expected, dict) or "trainer.pt" not in expected:
+        return "its list of files is damaged"
     for name, digest in expected.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -132,28 +134,11 @@ def load_weights(policy: Policy, folder: Path, sharded: dict[str, torch.Tensor] 
         raise SystemExit(f"checkpoint {folder}: weights of another model: {strange[0]}")
 
 
-def newest_checkpoint(name: str) -> str:
-    """A run folder's newest complete checkpoint; any other name as it is.
-
-    Raises:
-        SystemExit: the run has none yet, or `runs/NAME` is not there (a hub id could have that form).
-    """
-    folder = Path(name)
-    if folder.parent.name == "runs" and not folder.exists():
-        raise SystemExit(f"--model {name}: no such run folder")
-    if not (folder / "args.json").is_file():
-        return name
-    complete = [path.parent for path in folder.glob("checkpoints/step-*/complete")]
-    if not complete:
-        raise SystemExit(f"--model {name}: the run has no complete checkpoint yet")
-    return str(max(complete, key=lambda path: int(path.name.removeprefix("step-"))))
-
-
 def settings_of(name: str) -> dict:
     """What a run, or a checkpoint's run, trained with; for any other model the standard template and a completion
-    length of 2048, 72 for the built-in one."""
-    settings = {"max_completion_length": 72 if name == "tiny" else 2048, "prompt_template": TEMPLATE}
+    length of 2048, 72 for the built-in one and what was trained from it."""
+    settings = {"max_completion_length": 72 if is_tiny(name) else 2048, "prompt_template": TEMPLATE}
     for folder in (Path(name), Path(name).parent.parent):
         if (folder / "args.json").is_file():
-            return settings | json.loads((folder / "args.json").read_text())
+            return settings | read_arguments(f"--model {name}", folder)
     return settings

@@ -16,8 +16,10 @@ def one_line(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # as torch.save and safetensors report a failed write
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise SystemExit(f"{what}: cannot be written ({reason}); checkpoints that are there stay") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+        if "inline_container" in reason or "PytorchStreamWriter" in reason:  # torch.save does not say what failed
+            reason = "a file could not be written to its end; see whether the disk is full"
+        raise SystemExit(f"{what}: cannot be written ({reason.splitlines()[0]}); what was there stays") from None
 
 
 def append(path: Path, rows: list[dict]) -> None:
@@ -32,6 +34,24 @@ def write(path: Path, text: str) -> None:
     temporary.write_text(text, encoding="utf-8")
     sync(temporary)
     temporary.replace(path)
+
+
+def read_arguments(asked: str, folder: Path) -> dict:
+    """What the run in `folder` was started with; `asked` is the flag that names it.
+
+    Raises:
+        SystemExit: there is no run, or its args.json is damaged.
+    """
+    try:
+        held = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SystemExit(f"{asked}: no run there (args.json is missing)") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
+        raise SystemExit(f"{asked}: {folder / 'args.json'} cannot be read ({reason})") from None
+    if not isinstance(held, dict):
+        raise SystemExit(f"{asked}: {folder / 'args.json'} cannot be read (it holds no settings)")
+    return held
 
 
 def sync(path: Path) -> None:

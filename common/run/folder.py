@@ -31,14 +31,14 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 
 from common.data.examples import Example
-from common.model.load import Policy
+from common.model.load import Policy, checkpoints_in
 from common.model.processes import end_processes, start_processes, whole
 from common.model.sampling import Rollout
 from common.model.training import Batch
 from common.run.card import check_hub, upload
 from common.run.checkpoints import drop_old, load_checkpoint, masters, newest_whole, write_checkpoint
 from common.run.doctor import Doctor, endings_of
-from common.run.files import append, drop_lines_from, one_line, write
+from common.run.files import append, drop_lines_from, one_line, read_arguments, write
 from common.run.meter import Meter
 from common.run.page import keep_pictures, read_lines, write_page
 from common.run.plot import plot_learning_curve
@@ -110,8 +110,8 @@ class Run:
             if self.args.out and Path(self.args.out).resolve() != self.folder.resolve():
                 raise SystemExit(f"--resume {self.folder}: goes on in that folder; leave out --out {self.args.out}")
             self.compare_settings(self.settings)
-            done = max((int(p.name.removeprefix("step-")) for p in self.folder.glob("checkpoints/step-*")), default=0)
-            if self.args.steps < done:
+            names = [path.name.removeprefix("step-") for path in checkpoints_in(self.folder)]
+            if self.args.steps < (done := int((names or [0])[-1])):
                 raise SystemExit(f"--steps {self.args.steps}: {self.folder} has done {done} already")
         with one_line(f"--out {self.folder}"):
             # A run that ended before it wrote anything but its arguments (a mistyped flag) is in nobody's way.
@@ -142,12 +142,10 @@ class Run:
             raise SystemExit(f"--out {self.folder}: another process is training in this folder") from None
 
     def compare_settings(self, settings: dict) -> None:
-        try:
-            before = json.loads((self.folder / "args.json").read_text())
-        except OSError:
-            raise SystemExit(f"--resume {self.folder}: no run there (args.json is missing)") from None
+        before = read_arguments(f"--resume {self.folder}", self.folder)
         for name, value in json.loads(json.dumps(settings)).items():
-            if name not in MAY_CHANGE and name in before and before[name] != value:
+            bound = name not in MAY_CHANGE or (name == "steps" and settings.get("anneal"))  # whose levels follow them
+            if bound and name in before and before[name] != value:
                 flag = "--" + name.replace("_", "-")
                 raise SystemExit(f"--resume {self.folder}: {flag} was {before[name]!r} there and is {value!r} now")
 
@@ -304,7 +302,7 @@ class Run:
         folder = self.folder / "checkpoints" / f"step-{step:06d}"
         on_main(self.accelerator, lambda: write_checkpoint(folder, policy, weights, trainer))
         if self.main:
-            drop_old(folder.parent, self.args.keep_checkpoints)
+            drop_old(self.folder, self.args.keep_checkpoints)
 
     def save_when_due(self, step: int, policy: Policy, optimizer: torch.optim.Optimizer) -> bool:
         """Checkpoint after `step` steps, every `save_every`, at the end and before a stop. True: the run is to stop."""
@@ -315,7 +313,7 @@ class Run:
 
     def restore(self, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
         """Load the newest checkpoint that is whole into policy and optimizer; returns the step to go on with."""
-        folder = on_main(self.accelerator, lambda: newest_whole(self.folder / "checkpoints"))
+        folder = on_main(self.accelerator, lambda: newest_whole(self.folder))
         step = 0
         if folder:
             state = load_checkpoint(folder, policy, optimizer)
@@ -371,7 +369,7 @@ class Run:
         self.close()
         if self.main:
             print(
-                f"stopped after step {step} and saved; go on by the same command with --resume {self.folder}",
+                f"stopped after step {step} and saved; go on with {self.settings['script']}.py --resume {self.folder}",
                 flush=True,
             )
         return {}

@@ -50,6 +50,7 @@ METRICS = {
     "dependency/dropped": "the same over tokens that it drops",
     "dependency/kept_share": "share of tokens that it keeps",
     "dependency/clamped": "share of tokens whose S is at its bound of 10",
+    "dependency/no_picture": "share of completions of prompts without a picture, which keep all tokens and factor 1",
     "dependency/right": "mean S of a completion, over those whose answer is right",
     "dependency/wrong": "mean S of a completion, over the others",
     "shaping/mean": "mean of the completions' shaping factors",

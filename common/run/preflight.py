@@ -282,7 +282,7 @@ def comparison_remarks(args, policy, scorer, examples, rollout: Rollout, say) ->
         return torch.cat([logprobs for _, logprobs in parts])[order][mask]
 
     own = scores(prompts)
-    apart = float((own - rollout.old_logprobs[rows, :length][mask]).abs().mean())
+    apart = float((own - rollout.logprobs[rows, :length][mask]).abs().mean())
     with policy.autocast():
         allowed = AGREEMENT.get(precision(next(policy.model.parameters())), 0.05)
     if not apart <= allowed:
@@ -344,7 +344,7 @@ def recorded_equals_plain(args, policy: Policy, prompts: Prompts, allowed: float
     width = min(recorded.completion_ids.shape[1], plain.completion_ids.shape[1])
     same = (recorded.completion_ids[:, :width] == plain.completion_ids[:, :width]).cumprod(1).bool()
     same &= recorded.completion_mask[:, :width] & plain.completion_mask[:, :width]
-    apart = float((recorded.old_logprobs[:, :width] - plain.old_logprobs[:, :width])[same].abs().mean())
+    apart = float((recorded.logprobs[:, :width] - plain.logprobs[:, :width])[same].abs().mean())
     if not apart <= allowed:
         raise SystemExit(
             f"preflight: the recorded decoder's log-probabilities lie {apart:.2g} nats a token from the plain one's "

@@ -8,16 +8,18 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeVar, get_args, get_type_hints
 
 import torch
 import tyro
 
 from common.data.messages import TEMPLATE, check_template
-from common.model.load import check_model
+from common.model.load import check_model, is_tiny, newest_checkpoint
 from common.model.memory import Plan, Work, find_shape, parse_machine, plan
 from common.rewards.designs import check_markers, check_reward, request_for
+from common.run.files import read_arguments
 from common.run.progress import close_bars
 
 T = TypeVar("T")
@@ -52,7 +54,8 @@ Bounds = Annotated[tuple[float, float], Range(0, ordered=True)]
 class Settings:
     """What a run trains, on what, for how long, and what it keeps."""
 
-    model: str = "tiny"  # built-in `tiny`, a folder, or a hub id of the Qwen2-VL, Qwen2.5-VL and Qwen3-VL families
+    model: str = "tiny"
+    """built-in `tiny`, the folder of a run or a model, or a hub id of the Qwen2-VL, Qwen2.5-VL and Qwen3-VL families"""
     lora_rank: Natural = 0  # train adapters of this rank instead of all weights (0: all weights)
     freeze: Literal["none", "vision"] = "none"  # `vision`: leave the vision tower, its mergers included, as it is
     max_pixels: Natural = 0  # bound on an image's area after resizing, in pixels (0: as the checkpoint says)
@@ -91,7 +94,7 @@ class Settings:
     save_every: Count = 100  # steps between checkpoints
     keep_checkpoints: Count = 2  # newest checkpoints that are kept
     out: str = ""  # run folder (default: runs/<script>-<model>-seed<seed>)
-    resume: str = ""  # run folder to continue
+    resume: str = ""  # run folder to continue, by its own settings where no others are given
     track: str = ""  # also log to tensorboard, wandb or trackio
     push_to_hub: str = ""  # hub id owner/name to upload the last checkpoint to, with a model card
     preflight: bool = True  # before the first step check that everything fits together, and that there is a signal
@@ -104,13 +107,15 @@ class Settings:
     """tokens, prompts and padding included, of one forward and backward; lower it when memory runs out"""
 
     def __post_init__(self):
-        """What was left open depends on the model."""
-        tiny = self.model == "tiny"
+        """What was left open depends on the model, which of a run is its newest checkpoint."""
+        self.model = newest_checkpoint(self.model)
+        tiny = is_tiny(self.model)
         self.data = self.data or ("puzzles" if tiny else "hiyouga/geometry3k")
         self.prompt_template = self.prompt_template.replace("{request}", request_for(self.reward, tiny))
         usual = {"learning_rate": 3e-5 if tiny else 1e-6, "max_completion_length": 72 if tiny else 2048}
+        usual |= dict.fromkeys(("kl_view_coef", "aux_coef"), 0.3 if tiny else 0.1)  # of roma.py
         for name, value in usual.items():
-            if getattr(self, name) is None:
+            if getattr(self, name, value) is None:
                 setattr(self, name, value)
 
 
@@ -119,8 +124,26 @@ def launch(main: Callable[[T], object], settings: type[T]) -> None:
     try:
         with memory_advice():
             main(parse(settings))
+    except KeyboardInterrupt:
+        close_bars()
+        line = "interrupted; what was saved before stays, and --resume with the run's folder goes on from there"
+        print(line, file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
     finally:
         close_bars()  # a last line of error begins a line
+
+
+def command_line(main: Callable[[T], object], arguments: type[T], advice: str = "--batch-prompts or --limit") -> None:
+    """Run a module's `main` with its arguments from the command line; what interrupts it is a line."""
+    try:
+        with memory_advice(advice):
+            main(tyro.cli(arguments))
+    except KeyboardInterrupt:
+        close_bars()
+        print("interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+    finally:
+        close_bars()
 
 
 def parse(settings: type[T], arguments: list[str] | None = None) -> T:
@@ -128,7 +151,28 @@ def parse(settings: type[T], arguments: list[str] | None = None) -> T:
     fields, own = settings.__dataclass_fields__, settings.__annotations__
     settings.__dataclass_fields__ = dict(sorted(fields.items(), key=lambda item: item[0] not in own))
     description = (sys.modules[settings.__module__].__doc__ or "").split("\n\n")[0]
-    return tyro.cli(settings, args=arguments, description=description)
+    args = tyro.cli(settings, args=arguments, description=description)
+    if args.resume:
+        before = settings_before(settings, Path(args.resume))
+        args = tyro.cli(settings, args=arguments, description=description, default=before)
+    return args
+
+
+def settings_before(settings: type[T], folder: Path) -> T:
+    """The settings of the run in `folder`, as far as the script has them, to be continued wherever the folder is now.
+
+    Raises:
+        SystemExit: there is no run, or its args.json is damaged.
+    """
+    held, known = read_arguments(f"--resume {folder}", folder), {}
+    for field in fields(settings):
+        if field.name in held and field.name not in ("out", "resume", "plan"):
+            value = held[field.name]
+            known[field.name] = value = tuple(value) if isinstance(value, list) else value
+            kind = (int, float) if isinstance(field.default, float) else type(field.default)
+            if field.default is not None and not isinstance(value, kind):
+                raise SystemExit(f"--resume {folder}: args.json is damaged ({field.name} is {value!r})")
+    return settings(**known)
 
 
 def check_settings(args: Settings) -> None:
@@ -144,7 +188,7 @@ def check_settings(args: Settings) -> None:
     check_model(args.model)
     check_reward(args.reward)
     args.prompt_template = check_template(args.prompt_template)
-    if args.model != "tiny":
+    if not is_tiny(args.model):
         check_markers(args.reward, args.prompt_template)
     if args.warmup_steps > args.steps:
         raise SystemExit(f"--warmup-steps {args.warmup_steps}: must be at most --steps {args.steps}")
@@ -209,7 +253,8 @@ def ranges_in(hint: object) -> list[Range]:
 
 
 # How running out of memory reads: as torch, the CUDA runtime or its libraries, and the CPU's allocator put it.
-OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory")
+OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory", "Cannot allocate memory", "bad_alloc")
+OUT_OF_MEMORY += ("could not create a primitive", "could not create a memory")  # oneDNN's
 TRAINING_ADVICE = (
     "--micro-batch-tokens (scoring and update), --prompts-per-step (sampling), --max-completion-length or --group-size "
     "(all of it) or --max-pixels (images), or train with --lora-rank"
@@ -221,7 +266,7 @@ def memory_advice(advice: str = TRAINING_ADVICE) -> Iterator[None]:
     """Out of memory ends in one line that names what to lower; saved checkpoints stay. Also a decorator."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         text = " ".join(str(error).split())
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(x in text for x in OUT_OF_MEMORY):
             raise

@@ -126,7 +126,7 @@ def measure(policy: Policy, options: Options) -> tuple[list[float], dict[str, fl
             ids=rollout.completion_ids,
             completion_mask=mask,
             advantages=advantages[:, None],
-            sampled_logprobs=rollout.old_logprobs,
+            sampled_logprobs=rollout.logprobs,
             trained=torch.ones(rows, dtype=torch.bool, device=device),
         )
         for mb in micro_batches(batch, options.group, options.micro_batch_tokens):
