@@ -147,8 +147,8 @@ def page() -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>What each method adds to grpo.py</title><style>{STYLE}</style></head><body>
 <h1>What each method adds to grpo.py</h1>
-<p>{links}. Lines that are not in <a href="../grpo.py">grpo.py</a> are marked +, those of grpo.py that a method does
-without -, and every line that is not shown is the same in both. At the right stand the terms of the objective that a line
+<p>{links}. Lines that are not in <a href="../grpo.py">grpo.py</a> are marked +, those of grpo.py that a method leaves
+out -, and every line that is not shown is the same in both. At the right stand the terms of the objective that a line
 computes. Made by <code>python -m tests.diff_page</code> from the scripts and the pages.</p>
 {"".join(map(method_part, METHODS))}</body></html>
 """
