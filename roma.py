@@ -276,8 +276,9 @@ def main(args: Args) -> dict:
     check(args)
     run = start_run(args, Path(__file__).stem)
     accelerator, meter, device = run.accelerator, run.meter, run.accelerator.device
-    limit, sampling = args.max_completion_length, (args.temperature, args.top_p, args.top_k, args.slots)
     splits = load_splits(args)
+    run.fit(splits)
+    limit, sampling = args.max_completion_length, (args.temperature, args.top_p, args.top_k, args.slots)
     policy, scorer, reference, optimizer = prepare(args, accelerator)
     train, held_out, test = fitting_prompts(args, policy, splits)
     check_tokenizer(args.reward, policy.tokenizer)

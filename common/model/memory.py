@@ -1,19 +1,17 @@
-"""What a run will hold on each device, computed from shapes before anything is loaded, and settings with which it fits.
-
-    plan("Qwen/Qwen3-VL-4B", parse_machine("80 GB x 1"), Work(prompts=8, group_size=8, completion=2048))
+"""What a run holds on each device, computed from shapes before anything is loaded; `common.model.plan` chooses by it.
 
 Counted are weights (float32 masters of what is trained, bfloat16 of what is frozen, bfloat16 copies under autocast),
-gradients and Adam's two moments in float32, and the largest of three phases. Sampling: keys and values of prompts and
-of completions at the limit, the distributions of one token, the prompts' own forward. Evaluation: the same for one
-completion a prompt. Update: one micro-batch with recomputation, that is a state a layer and token, the prompts' keys
-and values with their gradients, one layer's insides with keys, values and mask spread over rows, one chunk of logits.
+gradients and Adam's two moments in float32, the pictures of a step and of the next one, which is prepared meanwhile,
+and the largest of three phases. Sampling: keys and values of prompts and of completions at the limit, the distributions
+of one token, the prompts' own forward. Evaluation: the same for one completion a prompt. Update: one micro-batch with
+recomputation, that is a state a layer and token, the prompts' keys and values with their gradients, one layer's insides
+with keys, values and mask spread over rows, one chunk of logits.
+
 Gradients are counted in all phases: while sampling, which has none, its own copies of the weights take no more room.
-A tenth of the device is left free, for its context, kernels' workspaces and what fragments.
 """
 
-import itertools
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -23,10 +21,7 @@ from common.model.decoder import BLOCK_TOKENS
 from common.model.load import LORA_TARGETS, adapter_base, loading, read_config, resolve_name
 from common.model.scoring import LOGIT_BUDGET
 
-FREE_SHARE = 0.1
 DRAW_BYTES = 24  # a row and word while a token is drawn: logits, probabilities, and both sorted where top-p wants it
-MICRO_BATCHES = (16384, 8192, 4096, 2048, 1024)  # tokens, in the order in which they are tried
-FEWEST_SLOTS = 8  # below, the weights are read for too little
 IMAGE_TOKENS = 1024  # of a prompt whose pictures have no bound of their own
 # hidden size, layers, heads, key heads, MLP, vocabulary, shared output head; vision: depth, width, MLP, deepstack
 SHAPES = {
@@ -122,10 +117,14 @@ class Shape:
         adapters = (5 * self.hidden + width + self.mlp) * 4 if lora else 0
         return (4 * self.hidden + 3 * self.mlp + gradients * (3 * width + self.mlp)) * 2 + adapters
 
+    def pixels(self, tokens: int) -> int:
+        """Bytes of pictures of so many tokens: float32 patches."""
+        return tokens * self.patches_a_token * self.patch_values * 4
+
     def vision(self, tokens: int) -> int:
-        """Bytes of pictures of so many tokens, float32 patches, and of one layer of the vision tower."""
-        patch = self.patch_values * 4 + (8 * self.vision_width + 2 * self.vision_mlp) * 2
-        return tokens * self.patches_a_token * patch
+        """Bytes of the part of these pictures that is forwarded, and of one layer of the vision tower."""
+        layer = (8 * self.vision_width + 2 * self.vision_mlp) * 2
+        return self.pixels(tokens) + tokens * self.patches_a_token * layer
 
 
 def shape_of(config: PretrainedConfig) -> Shape:
@@ -169,39 +168,6 @@ def find_shape(name: str) -> Shape:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Devices of `device` bytes each that are free, and the machine's own memory (0: not known)."""
-
-    device: float
-    count: int = 1
-    host: float = 0
-
-    def __str__(self) -> str:
-        return f"{self.device / 1e9:.0f} GB x {self.count}"
-
-
-def parse_machine(text: str) -> Machine:
-    """A machine as it is written for `--plan`; its own memory may follow.
-
-    >>> parse_machine("80 GB x 8"), parse_machine("24 GB x 1, 128 GB").host
-    (Machine(device=80000000000.0, count=8, host=0), 128000000000.0)
-    """
-    found = re.fullmatch(r"\s*(\d+)\s*GB\s*(?:x\s*(\d+)\s*)?(?:,\s*(\d+)\s*GB\s*)?", text, re.IGNORECASE)
-    if not found or not int(found[1]) or not int(found[2] or 1):
-        raise SystemExit(f"--plan {text}: write it like '80 GB x 1' or, with the machine's memory, '24 GB x 8, 256 GB'")
-    return Machine(int(found[1]) * 1e9, int(found[2] or 1), int(found[3] or 0) * 1e9)
-
-
-def this_machine(processes: int) -> Machine | None:
-    """The one that this process runs on, with as many devices as there are processes; None without a GPU."""
-    if not torch.cuda.is_available():
-        return None
-    with open("/proc/meminfo") as file:
-        available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    return Machine(torch.cuda.mem_get_info()[0], processes, available)
-
-
-@dataclass(frozen=True)
 class Work:
     """What a run does in a step; `prompts` are those of one process."""
 
@@ -214,18 +180,22 @@ class Work:
     image_tokens: int = IMAGE_TOKENS
     """of a prompt"""
     views: int = 1
-    """forwards of its prompts that one update holds: more where a loss compares several pictures"""
+    """forwards of a prompt and its completions that one update holds: more where a loss compares several pictures"""
+    pictures: int = 1
+    """pictures of a prompt that a step holds"""
+    prompt_a_row: bool = False
+    """whether each completion is sampled behind a picture of its own"""
     lora_rank: int = 0
     reference: bool = False
     """whether a frozen copy of the model is held"""
-    evaluation_prompts: int = 64
-    """examples that an evaluation answers together, at the most"""
-    slots: int | None = None
-    """rows decoded together (None: chosen)"""
-    micro_batch_tokens: int | None = None
-    """None: chosen"""
-    offload_optimizer: bool | None = None
-    """None: chosen"""
+    evaluation_prompts: int = 128
+    """examples that preflight or an evaluation answers together, at the most"""
+    slots: int = 0
+    """rows decoded together, at the most (0: all)"""
+    micro_batch_tokens: int = 16384
+    """at the most"""
+    offload_optimizer: bool = False
+    """whether masters and moments leave the device in any case"""
 
     @property
     def width(self) -> int:
@@ -236,13 +206,19 @@ class Work:
         return self.prompts * self.group_size
 
     @property
+    def together(self) -> int:
+        """Rows decoded at a time."""
+        return min(self.slots or self.rows, self.rows)
+
+    @property
     def evaluated(self) -> int:
         """Examples of one batch of an evaluation."""
         return max(1, min(self.evaluation_prompts, self.micro_batch_tokens // self.completion))
 
 
 def held(shape: Shape, work: Work, processes: int) -> dict[str, float]:
-    """Bytes on a device that stay: weights with their bfloat16 copies, gradients with Adam's moments, the reference."""
+    """Bytes on a device that stay: weights with their bfloat16 copies, gradients with Adam's moments, the reference,
+    and the pictures of a step and of the next."""
     if work.lora_rank:  # the same on each process
         trained = work.lora_rank * shape.lora_a_rank
         kept = {"weights": shape.parameters * 2 + trained * 6, "gradients, Adam": trained * 12}
@@ -255,6 +231,7 @@ def held(shape: Shape, work: Work, processes: int) -> dict[str, float]:
             kept["gradients, Adam"] += shape.parameters * 2  # whole and in bfloat16, before they are averaged
     if work.reference and not work.lora_rank:
         kept["reference"] = shape.parameters * 2
+    kept["pictures"] = 2 * shape.pixels(work.prompts * work.pictures * work.image_tokens)
     return kept
 
 
@@ -268,27 +245,30 @@ def sampling(shape: Shape, prompts: int, group_size: int, slots: int, work: Work
     """Bytes of sampling: the largest of the vision tower, the prompts' forward, and decoding; in slots prompts are
     forwarded while others are decoded."""
     rows, width = prompts * group_size, work.width
-    places, forwarded = work.completion, prompts
-    if slots < rows:  # whole blocks, and room for prompts that grows by a quarter
-        places = -(-work.completion // BLOCK_TOKENS) * BLOCK_TOKENS
+    places, forwarded, together = work.completion, prompts, min(slots, rows)
+    seats = rows  # for which scores over the prompts are computed
+    if slots < rows:  # whole blocks and a spare one, and room for prompts that grows by a quarter
+        block = min(BLOCK_TOKENS, work.completion)
+        places = -(-work.completion // block) * block + block / slots
         prompts, forwarded = min(prompts, slots) * 1.25, -(-slots // group_size)
+        seats = prompts * group_size
     forward = forwarded * width * (shape.cached + shape.inside(False))
     forward = max(shape.vision(forwarded * work.image_tokens), forward)
-    together = min(slots, rows)
-    kept = prompts * width * shape.cached + together * places * shape.cached
+    kept = (prompts * width + together * places) * shape.cached
     growing = kept / shape.layers  # a layer is held twice when it grows or rows are dropped
-    scores = together * shape.heads * (width + places) * 16  # one layer's, in two precisions
-    token = scores + growing + together * shape.vocabulary * DRAW_BYTES
-    return kept + max(token, forward) if slots < rows else max(kept + token, forward)
+    scores = (seats * width + together * places) * shape.heads * 16  # one layer's, in two precisions
+    token = max(scores, growing) + together * shape.vocabulary * DRAW_BYTES
+    numbers = rows * work.completion * 40  # the rollout's own
+    return numbers + (kept + max(token, forward) if slots < rows else max(kept + token, forward))
 
 
 def update(shape: Shape, work: Work, processes: int) -> float:
     """Bytes of one micro-batch with its backward pass; a group above the micro-batch goes in slices of rows."""
     full, budget = not work.lora_rank, work.micro_batch_tokens
     state = shape.hidden * (4 if full and processes == 1 and not work.offload_optimizer else 2)
-    tokens = work.group_size * work.completion  # of a group
+    tokens = work.group_size * work.completion * work.views  # of a group
     groups = max(1, min(work.prompts, budget // (work.width * work.views + tokens)))
-    rows = min(groups * work.group_size, max(1, budget // work.completion))  # at a time
+    rows = min(groups * work.group_size * work.views, max(1, budget // work.completion))  # at a time
     before, own = groups * work.views * work.width, rows * work.completion
     kept = (before + own) * shape.layers * state + 2 * groups * tokens * state  # and the scores' states
     head_gradient = 0  # of a chunk, and the sum over chunks before it is added to the others
@@ -318,143 +298,9 @@ def update(shape: Shape, work: Work, processes: int) -> float:
 
 def phases(shape: Shape, work: Work, processes: int) -> dict[str, float]:
     """Bytes of each phase on top of what stays."""
+    of_rows = (work.rows, 1) if work.prompt_a_row else (work.prompts, work.group_size)
     return {
-        "sampling": sampling(shape, work.prompts, work.group_size, work.slots, work),
+        "sampling": sampling(shape, *of_rows, work.together, work),
         "evaluation": sampling(shape, work.evaluated, 1, work.evaluated, work),
         "update": update(shape, work, processes),
     }
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run holds, in bytes a device, with the settings that were chosen in `work`."""
-
-    model: str
-    machine: Machine
-    work: Work
-    kept: dict[str, float]
-    phases: dict[str, float]
-    host: float
-
-    @property
-    def peak(self) -> float:
-        return sum(self.kept.values()) + max(self.phases.values())
-
-    @property
-    def fits(self) -> bool:
-        room = self.peak <= self.machine.device * (1 - FREE_SHARE)
-        return room and (not self.machine.host or self.host <= self.machine.host * (1 - FREE_SHARE))
-
-    def __str__(self) -> str:
-        work, rows = self.work, self.work.rows
-        lines = [f"{self.model} on {self.machine}, GB a device"]
-        notes = {
-            "weights": f"adapters of rank {work.lora_rank}" if work.lora_rank else "all trained",
-            "gradients, Adam": "",
-            "reference": "frozen",
-            "sampling": f"{work.slots} of {rows} rows at a time" if work.slots < rows else f"{rows} rows",
-            "evaluation": f"{work.evaluated} prompts at a time",
-            "update": f"micro-batches of {work.micro_batch_tokens:,} tokens",
-        }
-        if work.offload_optimizer:
-            notes["gradients, Adam"] = "masters and moments off the device"
-        elif not work.lora_rank and self.machine.count > 1:
-            notes["gradients, Adam"] = f"masters and moments shared out among {self.machine.count}"
-        for name, size in [*self.kept.items(), *self.phases.items()]:
-            lines.append(f"  {name:18}{size / 1e9:7.1f}  {notes[name]}".rstrip())
-        lines.append(f"  {'peak':18}{self.peak / 1e9:7.1f}  of {self.machine.device / 1e9:.1f}, a tenth left free")
-        if self.host:
-            there = f" of {self.machine.host / 1e9:.0f}" if self.machine.host else ""
-            lines.append(
-                f"  {'machine':18}{self.host / 1e9:7.1f} {there} of its own memory".replace("  of its", " of its")
-            )
-        lines.append(
-            f"  prompts of {work.prompt} tokens and pictures of {work.image_tokens}, completions of {work.completion}"
-        )
-        return "\n".join(lines)
-
-
-def lay_out(model: str, machine: Machine, work: Work, shape: Shape | None = None) -> Plan:
-    """The plan of settings that are all given."""
-    shape = shape or find_shape(model)
-    kept = held(shape, work, machine.count)
-    return Plan(model, machine, work, kept, phases(shape, work, machine.count), on_host(shape, work))
-
-
-def choose(model: str, machine: Machine, work: Work, shape: Shape | None = None) -> Plan | None:
-    """The fastest settings that fit, where they are left open; None where none does.
-
-    Masters leave the device only where nothing else helps. Slots and micro-batches have their memory one after the
-    other, so that each is the largest that fits by itself.
-    """
-    shape = shape or find_shape(model)
-    offloads = (
-        [False, True] if work.offload_optimizer is None and not work.lora_rank else [bool(work.offload_optimizer)]
-    )
-    budgets = MICRO_BATCHES if work.micro_batch_tokens is None else [work.micro_batch_tokens]
-    slots = [min(work.slots or work.rows, work.rows)]
-    if work.slots is None:  # all rows, or else a multiple of FEWEST_SLOTS
-        slots = [work.rows, *range((work.rows - 1) // FEWEST_SLOTS * FEWEST_SLOTS, 0, -FEWEST_SLOTS)]
-    for given in itertools.product(offloads, budgets, slots):
-        names = ("offload_optimizer", "micro_batch_tokens", "slots")
-        tried = lay_out(model, machine, replace(work, **dict(zip(names, given, strict=True))), shape)
-        if tried.fits:
-            return tried
-    return None
-
-
-def plan(model: str, machine: Machine, work: Work) -> Plan:
-    """The fastest settings that fit, where `work` leaves them open.
-
-    Raises:
-        SystemExit: one line, where nothing fits, that names the smallest change that would.
-    """
-    shape = find_shape(model)
-    if found := choose(model, machine, work, shape):
-        return found
-    closest = lay_out(model, machine, smallest(work), shape)
-    need = closest.peak / (1 - FREE_SHARE) / 1e9
-    line = f"--model {model}: needs {need:.0f} GB a device at the least, {machine.device / 1e9:.0f} are there"
-    if closest.peak <= machine.device * (1 - FREE_SHARE):
-        line = f"--model {model}: masters off the device need {closest.host / 1e9:.0f} GB of the machine's memory, "
-        line += f"{machine.host / 1e9:.0f} are there"
-    for advice, changed, larger in changes(work, machine):
-        if choose(model, larger, changed, shape):
-            raise SystemExit(f"{line}; it fits with {advice}")
-    raise SystemExit(f"{line}; no single flag mends that: take a smaller model or larger devices")
-
-
-def smallest(work: Work) -> Work:
-    """With everything that is open at its least."""
-    return replace(
-        work,
-        slots=min(FEWEST_SLOTS, work.rows) if work.slots is None else min(work.slots or work.rows, work.rows),
-        micro_batch_tokens=work.micro_batch_tokens or MICRO_BATCHES[-1],
-        offload_optimizer=not work.lora_rank if work.offload_optimizer is None else work.offload_optimizer,
-    )
-
-
-def changes(work: Work, machine: Machine):
-    """Single changes, those that cost least first: advice, what the run then does, and on which machine."""
-    if work.micro_batch_tokens:
-        yield "--micro-batch-tokens left out", replace(work, micro_batch_tokens=None), machine
-    if work.slots is not None:
-        yield "--slots left out", replace(work, slots=None), machine
-    if work.offload_optimizer is False and not work.lora_rank:
-        yield "--offload-optimizer", replace(work, offload_optimizer=True), machine
-    for part in (2, 4, 8):
-        if work.image_tokens // part >= 64:
-            smaller = replace(work, image_tokens=work.image_tokens // part)
-            yield f"--max-pixels for pictures of {smaller.image_tokens} tokens", smaller, machine
-    for part in (2, 4):
-        if work.completion // part >= 256:
-            shorter = replace(work, completion=work.completion // part)
-            yield f"--max-completion-length {shorter.completion}", shorter, machine
-    if work.reference and not work.lora_rank:
-        yield "--kl-coef 0", replace(work, reference=False), machine
-    if not work.lora_rank:
-        yield "--lora-rank 64", replace(work, lora_rank=64, offload_optimizer=None), machine
-    for count in (2, 4, 8, 16):
-        if count > machine.count and work.prompts * machine.count % count == 0:
-            fewer = replace(work, prompts=work.prompts * machine.count // count)
-            yield f"{count} devices", fewer, replace(machine, count=count)

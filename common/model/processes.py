@@ -97,7 +97,7 @@ def whole(value: object, keep: bool) -> object:
     if isinstance(value, list | tuple):
         return [whole(part, keep) for part in value]
     if isinstance(value, DTensor):
-        value = value.full_tensor()
+        value = value.full_tensor() if value.device_mesh.size() > 1 else value.to_local()  # of one process not a copy
         return value.cpu() if keep else None
     return value
 

@@ -2,6 +2,7 @@
 or a tensor file that is read without running code.
 
     args.json          what the run was started with
+    plan.json          what it has chosen on a GPU, so that it fits
     metrics.jsonl      a line a step
     completions.jsonl  some completions of each step
     remarks.jsonl      what preflight and doctor have found
@@ -32,6 +33,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 
 from common.data.examples import Example
 from common.model.load import Policy, checkpoints_in
+from common.model.plan import this_machine
 from common.model.processes import end_processes, start_processes, whole
 from common.model.sampling import Rollout
 from common.model.training import Batch
@@ -44,6 +46,7 @@ from common.run.page import keep_pictures, read_lines, write_page
 from common.run.plot import plot_learning_curve
 from common.run.preflight import preflight
 from common.run.progress import Progress, step_text
+from common.run.settings import plan_of
 
 BAD_STEPS_IN_A_ROW = 5
 PICTURED = 20  # steps of a run whose completions are kept with pictures, and shown on the page
@@ -116,7 +119,7 @@ class Run:
         with one_line(f"--out {self.folder}"):
             # A run that ended before it wrote anything but its arguments (a mistyped flag) is in nobody's way.
             if not self.args.resume and any(
-                p.is_file() for p in self.folder.rglob("*") if p.name not in ("args.json", ".lock")
+                p.is_file() for p in self.folder.rglob("*") if p.name not in ("args.json", "plan.json", ".lock")
             ):
                 raise SystemExit(
                     f"--out {self.folder}: the folder is not empty; continue that run with --resume {self.folder}, or "
@@ -181,6 +184,29 @@ class Run:
         """Whether any process was told to stop; all processes get the same answer."""
         flag = torch.tensor([int(self.stop_requested)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag).item())
+
+    def fit(self, splits: Sequence[Sequence[Example]]) -> None:
+        """On a GPU say what the run will hold there, and lower what its settings bound to what fits; a run that is
+        continued goes on with what it had chosen.
+
+        Raises:
+            SystemExit: one line, where nothing fits, with the smallest change that would.
+        """
+        machine, file = this_machine(self.accelerator), self.folder / "plan.json"
+        if machine is None:
+            return
+
+        def choose() -> dict:
+            if self.args.resume and file.is_file():
+                vars(self.args).update(json.loads(file.read_text()))
+            found = plan_of(self.args, machine, splits)
+            self.say(str(found))
+            chosen = {name: getattr(found.work, name) for name in ("slots", "micro_batch_tokens", "offload_optimizer")}
+            with one_line(str(file)):
+                write(file, json.dumps(chosen, indent=1))
+            return chosen
+
+        vars(self.args).update(on_main(self.accelerator, choose))
 
     # --- what a step leaves behind
 

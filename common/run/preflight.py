@@ -188,7 +188,7 @@ def answer(args, policy: Policy, prompts: Prompts, processes: int) -> Rollout:
     """Completions of some prompts, as many rows as a step has, at the run's own settings."""
     each = max(1, args.prompts_per_step // processes * args.group_size // len(prompts))
     draws = uniform_numbers(args.seed, STEP, list(range(len(prompts) * each)), args.max_completion_length)
-    how = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+    how = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k, "slots": args.slots}
     return sample(policy, prompts, each, args.max_completion_length, draws, **how)
 
 
@@ -363,7 +363,8 @@ def dry_step(args, scorer: Scorer, optimizer, train: Sequence[Example], processe
     prompts = encode(args, policy, [train[n] for n in largest])
     draws = uniform_numbers(args.seed, STEP, list(range(len(prompts) * size)), args.max_completion_length)
     endless = replace(policy, end_token_ids=[-1])  # no token ends a row: all go to the limit
-    ids = sample(endless, prompts, size, args.max_completion_length, draws, args.temperature).completion_ids  # [R, T]
+    how = {"temperature": args.temperature, "slots": args.slots}
+    ids = sample(endless, prompts, size, args.max_completion_length, draws, **how).completion_ids  # [R, T]
     moments = [torch.empty_like(p) for p in optimizer.param_groups[0]["params"] for _ in range(2)]  # Adam's
     # All rows at full length, and as short as can be, so that as many pictures as can be are in one micro-batch.
     for length in (args.max_completion_length, 1):

@@ -7,8 +7,8 @@ A flag's range stands in its type, as in `steps: Count`; what several flags have
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeVar, get_args, get_type_hints
 
@@ -17,7 +17,8 @@ import tyro
 
 from common.data.messages import TEMPLATE, check_template
 from common.model.load import check_model, is_tiny, newest_checkpoint
-from common.model.memory import Plan, Work, find_shape, parse_machine, plan
+from common.model.memory import IMAGE_TOKENS, Shape, Work, find_shape
+from common.model.plan import Machine, Plan, parse_machine, plan
 from common.rewards.designs import check_markers, check_reward, request_for
 from common.run.files import read_arguments
 from common.run.progress import close_bars
@@ -99,12 +100,14 @@ class Settings:
     push_to_hub: str = ""  # hub id owner/name to upload the last checkpoint to, with a model card
     preflight: bool = True  # before the first step check that everything fits together, and that there is a signal
     seed: Natural = 1  # everything random is a function of this, the step and the row
-    slots: Natural = 0  # rows decoded at a time, which bounds the memory of sampling (0: all)
+    slots: Natural = 0
+    """rows decoded at a time, at the most, which bounds the memory of sampling (0: all); on a GPU fewer if need be"""
     offload_optimizer: bool = False
-    """keep float32 masters and Adam's moments in the machine's memory, where the optimizer's step is then taken"""
-    plan: str = ""  # say what the run would hold on a machine, as "80 GB x 1" or "24 GB x 8, 256 GB", and end
+    """keep float32 masters and Adam's moments in the machine's memory, where the optimizer's step is then taken; done
+    on a GPU anyway if need be"""
     micro_batch_tokens: Count = 16384
-    """tokens, prompts and padding included, of one forward and backward; lower it when memory runs out"""
+    """tokens, prompts and padding included, of one forward and backward, at the most; on a GPU fewer if need be"""
+    plan: str = ""  # say what the run would hold on a machine, as "80 GB x 1" or "24 GB x 8, 256 GB", and end
 
     def __post_init__(self):
         """What was left open depends on the model, which of a run is its newest checkpoint."""
@@ -183,7 +186,7 @@ def check_settings(args: Settings) -> None:
     """
     check_ranges(args)
     if args.plan:
-        print(plan_of(args))
+        print(plan_of(args, parse_machine(args.plan)))
         raise SystemExit(0)
     check_model(args.model)
     check_reward(args.reward)
@@ -199,27 +202,48 @@ def check_settings(args: Settings) -> None:
         )
 
 
-def plan_of(args: Settings) -> Plan:
-    """What the run would hold on the machine `args.plan`, from the shapes of its model alone.
+def plan_of(args: Settings, machine: Machine, splits: Sequence[Sequence] = ()) -> Plan:
+    """What a run holds on a machine, from the shapes of its model and of the examples in `splits`, where those are
+    known, with the largest settings that fit within the bounds of `args`.
 
     Raises:
-        SystemExit: one line, where it does not fit, with the smallest change that would.
+        SystemExit: one line, where nothing fits, with the smallest change that would.
     """
-    machine, shape = parse_machine(args.plan), find_shape(args.model)
+    shape = find_shape(args.model)
+    prompt, image_tokens = longest_prompt(splits, shape, args.max_pixels)
+    views, pictures, noisy = 1 + getattr(args, "num_views", 0), 1, getattr(args, "noise_images", False)
+    if hasattr(args, "mask_per"):  # one more of each prompt or row is made
+        pictures += args.group_size if args.mask_per == "row" else 1
+    if noisy and args.update_image == "noisy":
+        views = args.group_size
     work = Work(
         prompts=max(1, args.prompts_per_step // machine.count),
         group_size=args.group_size,
         completion=args.max_completion_length,
-        views=1 + getattr(args, "num_views", 0),
+        prompt=prompt,
+        image_tokens=image_tokens,
+        views=views,
+        pictures=max(pictures, views, 1 + noisy * args.group_size),
+        prompt_a_row=noisy,
         lora_rank=args.lora_rank,
         reference=bool(args.kl_coef) and not args.lora_rank,
-        slots=args.slots or None,
+        slots=args.slots,
         micro_batch_tokens=args.micro_batch_tokens,
-        offload_optimizer=args.offload_optimizer or None,
+        offload_optimizer=args.offload_optimizer,
     )
-    if args.max_pixels:
-        work = replace(work, image_tokens=args.max_pixels // shape.pixels_a_token)
     return plan(args.model, machine, work)
+
+
+def longest_prompt(splits: Sequence[Sequence], shape: Shape, max_pixels: int) -> tuple[int, int]:
+    """About how many tokens the text of a prompt has at the most, and its pictures: those of the longest example where
+    the splits tell without opening it, else usual ones."""
+    most = max_pixels // shape.pixels_a_token or math.inf  # of one picture
+    side = math.isqrt(shape.pixels_a_token)
+    sizes = [size for examples in splits for size in getattr(examples, "shapes", ())]
+    texts = [size for examples in splits for size in getattr(examples, "text_bytes", ())]
+    tokens = [sum(min(-(-width // side) * -(-height // side), most) for width, height in size) for size in sizes]
+    image_tokens = max(tokens) if tokens else min(IMAGE_TOKENS, most)
+    return max([256, *(size // 3 + 64 for size in texts)]), image_tokens
 
 
 def check_ranges(args: object) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import tyro
 
-from common.model.memory import SHAPES, Work, choose, find_shape, parse_machine, phases
+from common.model.memory import SHAPES, Work, find_shape, phases
+from common.model.plan import choose, parse_machine
 
 
 @dataclass
@@ -45,12 +46,12 @@ def main(options: Options) -> None:
     print("peak, rows decoded together, thousands of tokens of a micro-batch, masters off the device")
 
     shape = find_shape(f"Qwen/{options.growth_of}")
-    settled = replace(work, lora_rank=options.lora_rank, micro_batch_tokens=16384)
+    settled = replace(work, lora_rank=options.lora_rank)
     print(f"\n{options.growth_of + ' LoRA, GB':30}{'sampling':>12}{'evaluation':>12}{'update':>12}")
     for field in ("group_size", "completion", "image_tokens"):
         for factor in (1, 2, 4, 8):
             grown = replace(settled, **{field: getattr(settled, field) * factor})
-            need = phases(shape, replace(grown, slots=grown.rows), 1)
+            need = phases(shape, grown, 1)
             name = f"{field.replace('_', ' '):18}{getattr(grown, field):12}"
             print(name + "".join(f"{size / 1e9:12.1f}" for size in need.values()), flush=True)
 
