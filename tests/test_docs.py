@@ -9,10 +9,13 @@ import pytest
 import tyro
 
 from common.run.settings import parse
+from tests.diff_page import terms
 from tests.settings_page import page
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+METHODS = ("grpo", "noisy_grpo", "roma", "vgpo", "vppo")
+HEADINGS = ["Idea", "Objective", "Usage", "Metrics", "Implementation details", "Results", "What to try"]
 OWN = ("python ", "accelerate launch ")
 
 
@@ -49,6 +52,29 @@ def test_commands_parse(path):
             tyro.cli(importlib.import_module(name).Args, args=words[3:])
         elif words[1] != "-m" and script is not None and words[script] not in ("mine.py", "cispo.py"):
             parse(importlib.import_module(words[script][:-3]).Args, words[script + 1 :])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_methods_page_has_the_same_parts_as_others(method):
+    text = (ROOT / f"docs/{method}.md").read_text()
+    assert re.findall(r"^## (.+)$", text, re.M) == HEADINGS
+    assert f"(../{method}.py)" in text and "https://arxiv.org/abs/" in text
+    usage = text.partition("## Usage")[2].partition("\n## ")[0]
+    assert re.search(rf"^python {method}\.py ", usage, re.M) and f"--num-processes 8 {method}.py" in usage
+    # Each term names what computes it, in the script itself.
+    script = (ROOT / f"{method}.py").read_text()
+    for term, _, names in terms(method):
+        assert all(re.search(rf"\b{name}\b", script) for name in names), term
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    reached, todo = set(), [ROOT / "README.md"]
+    while todo:
+        path = todo.pop()
+        reached.add(path)
+        found = re.findall(r"\]\(([^)#\s]+)", path.read_text()) if path.suffix == ".md" else []
+        todo += {(path.parent / target).resolve() for target in found if "://" not in target} - reached - set(todo)
+    assert {path for path in (ROOT / "docs").iterdir()} <= reached
 
 
 def test_the_readme_is_short_and_keeps_its_test_command():
