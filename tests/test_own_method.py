@@ -38,6 +38,7 @@ def cispo(tmp_path_factory):
 def test_it_is_a_method_in_under_forty_changed_lines():
     changed = len(re.findall(r"^[+-](?![+-])", re.search(r"```diff\n(.*?)```", PAGE, re.DOTALL)[1], re.M))
     assert changed < 40 and f"\n{changed} lines removed and added" in PAGE
+    assert f"in {changed} changed lines" in (ROOT / "README.md").read_text()
 
 
 def test_its_gradient_is_that_of_weighted_log_likelihood(cispo):
