@@ -67,6 +67,7 @@ def train(script: str, folder: str, log: str, kind: str = "", moment: int = 0) -
         launch(module.main, module.Args)
     finally:
         sys.setprofile(None)
+        os.seteuid(os.getuid())  # multiprocessing clears up behind it
         if not kind:
             Path(f"{log}.calls").write_text(str(calls))
 

@@ -338,13 +338,13 @@ def main(args: Args) -> dict[str, dict]:
     folder = Path(args.out)
     if folder.exists() and not folder.is_dir():
         raise SystemExit(f"--out {args.out}: not a folder")
-    with one_line(f"--out {args.out}"):
-        folder.mkdir(parents=True, exist_ok=True)
     titles = [Path(name).name for name in args.model]
     titles = titles if len(set(titles)) == len(titles) else list(args.model)  # short where they stay distinct
     names = ("image_column", "question_column", "answer_column", "kind", "image_root")
     columns = {name: getattr(args, name) for name in names}
     examples = load_examples(args.data, args.split, limit=args.limit, **columns)
+    with one_line(f"--out {args.out}"):
+        folder.mkdir(parents=True, exist_ok=True)
     examples = [examples[n] for n in range(len(examples))]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = {}

@@ -359,9 +359,9 @@ def main(args: Args) -> dict[str, dict]:
     folder = Path(args.out)
     if folder.exists() and not folder.is_dir():
         raise SystemExit(f"--out {args.out}: not a folder")
+    examples = load_examples(args.data, args.split, limit=args.limit)
     with one_line(f"--out {args.out}"):
         folder.mkdir(parents=True, exist_ok=True)
-    examples = load_examples(args.data, args.split, limit=args.limit)
     examples = [examples[n] for n in range(len(examples))]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models, read = {}, {}
