@@ -1,4 +1,4 @@
-"""GRPO: group relative policy optimization for a vision-language model with verifiable rewards.
+"""GRPO: group relative policy optimization for a vision-language model with verifiable rewards. Page: docs/grpo.md
 
     python grpo.py                                           # a laptop: built-in model and puzzles
     accelerate launch grpo.py --model Qwen/Qwen3-VL-4B       # one or several GPUs

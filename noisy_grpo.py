@@ -1,4 +1,4 @@
-"""NoisyGRPO: explore under noisy images, judge by how noisy they were.
+"""NoisyGRPO: explore under noisy images, judge by how noisy they were. Page: docs/noisy_grpo.md
 
     python noisy_grpo.py                                           # a laptop: built-in model and puzzles
     accelerate launch noisy_grpo.py --model Qwen/Qwen3-VL-4B       # one or several GPUs

@@ -1,4 +1,4 @@
-"""ROMA: multimodal reasoning that survives visual degradation.
+"""ROMA: multimodal reasoning that survives visual degradation. Page: docs/roma.md
 
     python roma.py                                           # a laptop: built-in model and puzzles
     accelerate launch roma.py --model Qwen/Qwen3-VL-4B       # one or several GPUs

@@ -1,4 +1,4 @@
-"""VGPO: advantages that follow the eye.
+"""VGPO: advantages that follow the eye. Page: docs/vgpo.md
 
     python vgpo.py                                           # a laptop: built-in model and puzzles
     accelerate launch vgpo.py --model Qwen/Qwen3-VL-4B       # one or several GPUs

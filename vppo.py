@@ -1,4 +1,4 @@
-"""VPPO: policy gradients for the tokens, and the completions, that depend on the image.
+"""VPPO: policy gradients for the tokens, and the completions, that depend on the image. Page: docs/vppo.md
 
     python vppo.py                                           # a laptop: built-in model and puzzles
     accelerate launch vppo.py --model Qwen/Qwen3-VL-4B       # one or several GPUs

@@ -47,7 +47,7 @@ def test_commands_parse(path):
         if words[1] == "-m" and words[2].startswith("common."):
             name = words[2] + ".__main__" if words[2] == "common.evaluation" else words[2]
             tyro.cli(importlib.import_module(name).Args, args=words[3:])
-        elif words[1] != "-m" and script is not None and words[script] != "mine.py":
+        elif words[1] != "-m" and script is not None and words[script] not in ("mine.py", "cispo.py"):
             parse(importlib.import_module(words[script][:-3]).Args, words[script + 1 :])
 
 

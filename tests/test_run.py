@@ -40,6 +40,7 @@ class Args:
     group_size: int = 2
     eval_every: int = 0
     eval_examples: int = 200
+    push_to_hub: str = ""
     anneal: bool = False
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import grpo
+from tests import diff_page
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = ["Set up", "Sample", "Reward", "Advantage", "Views", "Update", "Log", "Save"]
@@ -65,6 +66,25 @@ def test_a_method_is_few_lines_in_few_places(script):
     assert len(text(script).splitlines()) <= len(text("grpo").splitlines()) + MORE_LINES
 
 
+@pytest.mark.parametrize("script", CHANGED)
+def test_the_page_and_the_readme_count_as_diff_does(script):
+    _, added, removed = diff_page.counts(script)
+    assert added + removed == difference(script)[0]
+
+
+def test_the_page_side_by_side_and_the_readmes_counts_are_those_of_the_scripts():
+    assert (ROOT / "docs/side_by_side.html").read_text() == diff_page.page(), "run python -m tests.diff_page"
+    readme = (ROOT / "README.md").read_text()
+    assert readme == diff_page.readme(readme), "run python -m tests.diff_page"
+
+
+@pytest.mark.parametrize("script", CHANGED)
+def test_every_term_of_an_objective_stands_beside_a_line(script):
+    lines, known = diff_page.difference(script), diff_page.terms(script)
+    for term in known:
+        assert any(diff_page.notes(line, [term]) for line in lines), term
+
+
 @pytest.mark.parametrize("script", ["grpo", *CHANGED])
 def test_the_sections_come_in_the_same_order(script):
     lines = [line.strip() for line in text(script).splitlines() if line.startswith("    ")]
@@ -84,6 +104,11 @@ def test_shared_functions_and_arguments_are_the_same(script):
     shared = {f.name: (f.type, f.default) for f in fields(grpo.Args) if f.name not in own}
     assert {f.name: (f.type, f.default) for f in fields(module.Args) if f.name in shared} == shared
     assert inspect.getsource(grpo.Args.__post_init__) == inspect.getsource(module.Args.__post_init__)
+
+
+@pytest.mark.parametrize("script", ["grpo", *CHANGED])
+def test_a_script_says_where_its_page_is(script):
+    assert text(script).splitlines()[0].endswith(f" Page: docs/{script}.md") and (ROOT / f"docs/{script}.md").is_file()
 
 
 @pytest.mark.parametrize("script", ["grpo", *CHANGED])

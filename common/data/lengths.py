@@ -39,6 +39,8 @@ def leave_out_long(
     Raises:
         SystemExit: one line, where the context is shorter than a completion or no example is left.
     """
+    for part in getattr(examples, "parts", ()):  # of several sets
+        leave_out_long(part, policy, template, max_prompt_length, max_completion_length)
     if not isinstance(examples, Rows):
         return examples
     context = policy.base.config.get_text_config().max_position_embeddings

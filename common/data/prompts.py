@@ -14,7 +14,9 @@ from PIL import Image
 from common.data.examples import Example, load_examples
 from common.data.lengths import leave_out_long
 from common.data.messages import build_messages
+from common.data.mixture import load_mixture
 from common.model.load import Policy, Prompts, encode_prompts, process_images
+from common.rewards.designs import check_reward
 
 T = TypeVar("T")
 
@@ -26,9 +28,16 @@ def load_splits(args) -> tuple[Sequence[Example], Sequence[Example], Sequence[Ex
         name: getattr(args, name) for name in ("image_column", "question_column", "answer_column", "kind", "image_root")
     }
     draws = args.steps * args.prompts_per_step
-    train = load_examples(args.data, args.train_split, draws=draws, seed=args.seed, **columns)
-    held_out = load_examples(args.data, args.eval_split, limit=args.eval_examples, **columns) if args.eval_every else []
-    test = load_examples(args.data, args.test_split, limit=args.test_examples, **columns) if args.test_examples else []
+
+    def load(split: str, weights: Sequence[float] | None = None, **counts: int) -> Sequence[Example]:
+        return load_mixture(
+            args.data, weights, partial(load_examples, split=split, seed=args.seed, **columns), **counts
+        )
+
+    train = load(args.train_split, args.data_weights, draws=draws)
+    check_reward(args.reward, train[0])
+    held_out = load(args.eval_split, limit=args.eval_examples) if args.eval_every else []
+    test = load(args.test_split, limit=args.test_examples) if args.test_examples else []
     return train, held_out, test
 
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from common.rewards.answers import LONGEST_ANSWER, READERS, check, extract, score
+from common.rewards.own import is_own, load_reward, own_rewards
 from common.rewards.reading import normalize, number
 
 REQUEST = "Think between <think> and </think>, then give only the final answer between <answer> and </answer>."
@@ -62,6 +63,22 @@ def request_for(design: str, tiny: bool = False) -> str:
     return REQUEST if tiny else REQUESTS.get(design, REQUEST)
 
 
+def check_reward(design: str, example=None) -> None:
+    """Stop where there is no such design, or where a function of one's own fails on the right answer to `example` or
+    on an empty completion.
+
+    Raises:
+        SystemExit: one line.
+    """
+    if not is_own(design) and design not in ("accuracy", *DESIGNS):
+        names = ", ".join(("accuracy", *DESIGNS))
+        raise SystemExit(f"--reward {design}: must be one of {names}, or a function, as path/to/file.py:function")
+    if is_own(design):
+        load_reward(design)
+        if example is not None:
+            own_rewards(design, [f"<think></think><answer>{example.answer}</answer>", ""], [example] * 2)
+
+
 def check_markers(design: str, template: str) -> None:
     """Stop where a template does not ask for a section that has weight.
 
@@ -98,9 +115,9 @@ class Rewards(NamedTuple):
 
 
 def reward_completions(design: str, completions: Sequence[str], examples: Sequence, encoder: str = "") -> Rewards:
-    """Rewards of completions by a design of `DESIGNS`, or by `accuracy`: a right answer, tagged or boxed. Example i
-    belongs to completion i; `encoder` names a sentence encoder, for `semantic` only."""
-    accuracy, verdicts = score(completions, examples, "auto" if design == "accuracy" else "tag")
+    """Rewards of completions by a design of `DESIGNS`, by a function of one's own, or by `accuracy`: a right answer,
+    tagged or boxed. Example i belongs to completion i; `encoder` names a sentence encoder, for `semantic` only."""
+    accuracy, verdicts = score(completions, examples, "tag" if design in DESIGNS else "auto")
     rewards, terms = design_rewards(design, completions, examples, accuracy, encoder)
     return Rewards(rewards, accuracy, terms, verdicts)
 
@@ -115,6 +132,8 @@ def design_rewards(
     """
     if design == "accuracy":
         return list(accuracy), {}
+    if is_own(design):
+        return own_rewards(design, completions, examples)
     pairs = list(zip(completions, examples, accuracy, strict=True))
     if design == "semantic":
         found = [

@@ -37,6 +37,7 @@ from common.model.plan import this_machine
 from common.model.processes import end_processes, start_processes, whole
 from common.model.sampling import Rollout
 from common.model.training import Batch
+from common.run.card import check_hub, upload
 from common.run.checkpoints import drop_old, load_checkpoint, masters, newest_whole, write_checkpoint
 from common.run.doctor import Doctor, endings_of
 from common.run.files import append, drop_lines_after, one_line, read_arguments, write
@@ -52,7 +53,7 @@ PICTURED = 20  # steps of a run whose completions are kept with pictures, and sh
 PAGE_EVERY = 60.0  # seconds after which the page is written anew, whatever the step
 # What may change between a run and its continuation; anything else would make it another run.
 MAY_CHANGE = {"resume", "out", "steps", "track", "save_every", "keep_checkpoints", "micro_batch_tokens"}
-MAY_CHANGE |= {"eval_every", "eval_examples", "preflight"}
+MAY_CHANGE |= {"eval_every", "eval_examples", "preflight", "push_to_hub"}
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -101,6 +102,8 @@ class Run:
             raise SystemExit(f"--track {args.track}: not one of {', '.join(TRACKERS)}")
         if args.track and find_spec(args.track) is None:
             raise SystemExit(f"--track {args.track}: the package {args.track} is not installed")
+        if args.push_to_hub:
+            on_main(accelerator, lambda: check_hub(args.push_to_hub))
         on_main(accelerator, self.open_folder)
         self.stop_requested_at = 0.0
         self.handlers = {n: signal.signal(n, self.request_stop) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
@@ -423,6 +426,8 @@ class Run:
                 plot_learning_curve(self.folder)
             write_page(self.folder)
             print(f"run folder: {self.folder}, its page: {self.folder / 'index.html'}")
+            if self.args.push_to_hub:
+                print(upload(self.folder, self.args.push_to_hub), flush=True)
         return results
 
     def close(self) -> None:

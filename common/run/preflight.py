@@ -29,7 +29,7 @@ from common.model.sampling import Rollout, decode, sample, uniform_numbers
 from common.model.scoring import Scorer
 from common.model.training import cut_by_tokens, rows_of
 from common.rewards.answers import check, extract, score
-from common.rewards.designs import design_rewards
+from common.rewards.designs import DESIGNS, design_rewards
 from common.run.doctor import endings_of
 
 SHOWN = 3  # examples that are printed
@@ -197,7 +197,7 @@ def answer_remarks(args, policy, examples, rollout: Rollout, say) -> Iterable[tu
     completions = decode(policy, rollout)
     each = len(completions) // len(examples)
     asked = [e for e in examples for _ in range(each)]
-    verdicts, counts = score(completions, asked, "auto" if args.reward == "accuracy" else "tag")
+    verdicts, counts = score(completions, asked, "tag" if args.reward in DESIGNS else "auto")
     count, right, read = len(asked), int(sum(verdicts)), counts["ok"]
     cut = int((~rollout.ended).sum())
     chance = chance_level(completions[::each], examples)

@@ -19,7 +19,7 @@ from common.data.messages import TEMPLATE, check_template
 from common.model.load import check_model, is_tiny, newest_checkpoint
 from common.model.memory import IMAGE_TOKENS, Shape, Work, find_shape
 from common.model.plan import Machine, Plan, parse_machine, plan
-from common.rewards.designs import check_markers, request_for
+from common.rewards.designs import check_markers, check_reward, request_for
 from common.run.files import read_arguments
 from common.run.progress import close_bars
 
@@ -61,7 +61,10 @@ class Settings:
     freeze: Literal["none", "vision"] = "none"  # `vision`: leave the vision tower, its mergers included, as it is
     max_pixels: Natural = 0  # bound on an image's area after resizing, in pixels (0: as the checkpoint says)
     data: str = ""
-    """`puzzles`, a .jsonl or .parquet file, a folder, or a hub id (default: puzzles; geometry3k for a hub model)"""
+    """`puzzles`, a .jsonl or .parquet file, a folder, or a hub id (default: puzzles; geometry3k for a hub model);
+    several with commas between them"""
+    data_weights: tuple[Positive, ...] | None = None
+    """of several `data` how often examples of each are drawn, as `3 1` (default: as often as any other example)"""
     train_split: str = "train"  # split to train on
     eval_split: str = "validation"  # split for the evaluations during training
     test_split: str = "test"  # split for the evaluations before and after training
@@ -74,10 +77,9 @@ class Settings:
     kind: str = ""  # how answers are checked: math, int, letter, ... (default: math for data sets that do not say)
     prompt_template: str = TEMPLATE
     """what the model reads; {question} is filled in, and {request} with what the reward asks for"""
-    reward: Literal[
-        "accuracy", "vanilla", "only_accuracy", "mixture", "continuous", "visual_fusion", "no_accuracy", "semantic"
-    ] = "accuracy"
-    """a right answer, tagged or boxed; or a design of common/rewards/designs.py"""
+    reward: str = "accuracy"
+    """a right answer, tagged or boxed; a design (vanilla, only_accuracy, mixture, continuous, visual_fusion,
+    no_accuracy, semantic); or a function of your own, as path/to/file.py:function"""
     encoder: str = "sentence-transformers/all-mpnet-base-v2"
     """sentence encoder of `--reward semantic`, a hub id or a folder"""
     soft_punish_cache: Natural = 0
@@ -95,6 +97,7 @@ class Settings:
     out: str = ""  # run folder (default: runs/<script>-<model>-seed<seed>)
     resume: str = ""  # run folder to continue, by its own settings where no others are given
     track: str = ""  # also log to tensorboard, wandb or trackio
+    push_to_hub: str = ""  # hub id owner/name to upload the last checkpoint to, with a model card
     preflight: bool = True  # before the first step check that everything fits together, and that there is a signal
     seed: Natural = 1  # everything random is a function of this, the step and the row
     slots: Natural = 0
@@ -187,6 +190,7 @@ def check_settings(args: Settings) -> None:
         print(plan_of(args, parse_machine(args.plan)))
         raise SystemExit(0)
     check_model(args.model)
+    check_reward(args.reward)
     args.prompt_template = check_template(args.prompt_template)
     if not is_tiny(args.model):
         check_markers(args.reward, args.prompt_template)
