@@ -78,7 +78,7 @@ class Args(Settings):
     train_corruptions: tuple[str, ...] = ("seen",)  # names of common/corruptions.py, `seen`, `unseen`, `all`
     train_severities: tuple[int, ...] = (1, 2, 3)  # severities that views are drawn with
     corrupt_rollouts: bool = False  # the paper's counterexample: sample and train on the first view, not clean images
-    robust_examples: int = 100  # test examples of the table clean / seen / unseen before and after (0: none)
+    robust_examples: int | None = None  # of the table clean / seen / unseen (default: 100 built-in model, else 0)
 
 
 # === The method ===

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 import grpo
 from common.data.examples import Example
 from common.run.checkpoints import find_damage, load_weights
-from common.run.files import drop_lines_from
+from common.run.files import drop_lines_after
 from common.run.folder import Run
 from common.run.plot import plot_learning_curve
 from common.run.settings import check_ranges, memory_advice
@@ -193,7 +193,7 @@ def test_metrics_are_lines_of_json_without_nan(tmp_path):
     run.log(0, {**LINE, "grad_norm": math.nan})
     run.log(1, {**LINE, "entropy": math.nan, "eval/accuracy": 0.25})
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1]
+    assert [line["step"] for line in lines] == [1, 2], "counted from 1, as checkpoints are"
     assert lines[0]["grad_norm"] is None and lines[1]["entropy"] is None
     plot_learning_curve(tmp_path / "run")
     assert (tmp_path / "run" / "learning_curve.png").stat().st_size > 10_000
@@ -201,9 +201,11 @@ def test_metrics_are_lines_of_json_without_nan(tmp_path):
 
 def test_lines_of_steps_that_will_be_done_again_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"ste')
-    drop_lines_from(path, 2)
-    assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
+    path.write_text('{"step": 1}\n[1]\n{"other": 1}\n{"step": "2"}\nnothing\n{"step": 2}\n{"step": 3}\n{"ste')
+    drop_lines_after(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    drop_lines_after(path, 0)
+    assert not path.read_text(), "also what preflight remarked at step 0, which looks again"
 
 
 def test_no_step_stands_twice_after_a_resumption(tmp_path):
@@ -221,7 +223,7 @@ def test_no_step_stands_twice_after_a_resumption(tmp_path):
         run.show(step, *shown)
     for name, rows in (("metrics.jsonl", 1), ("completions.jsonl", 2)):
         lines = (tmp_path / "run" / name).read_text().strip("\n").split("\n")
-        assert [json.loads(line)["step"] for line in lines] == [s for s in range(6) for _ in range(rows)]
+        assert [json.loads(line)["step"] for line in lines] == [s + 1 for s in range(6) for _ in range(rows)]
 
 
 def test_a_completion_is_printed_readably(tmp_path, capsys):
@@ -262,7 +264,7 @@ def test_tensorboard_gets_every_step_once(tmp_path):
     run.log(2, {**LINE, "reward": 0.75})
     run.finish({})
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("reward")] == [(0, 0.0), (1, 0.25), (2, 0.75)]
+    assert [(e.step, e.value) for e in events.Scalars("reward")] == [(1, 0.0), (2, 0.25), (3, 0.75)]
 
 
 @pytest.mark.parametrize("track, line", [("wandb", "the package wandb is not installed"), ("paper", "not one of")])
@@ -293,6 +295,11 @@ def test_an_evaluation_is_done_once(tmp_path):
     assert new_run(tmp_path / "run").once("before", lambda: result) == result
     resumed = new_run(tmp_path / "run", resume=str(tmp_path / "run"))
     assert resumed.once("before", lambda: pytest.fail("it was done again")) == result
+    (tmp_path / "run" / "evaluations" / "before.json").write_text('{"accuracy": 0.')
+    assert resumed.once("before", lambda: result) == result, "damaged, and the policy is still the initial one"
+    (tmp_path / "run" / "evaluations" / "before.json").write_text("")
+    resumed.first_step = 3
+    assert not resumed.once("before", lambda: pytest.fail("of a policy that has been trained"))
 
 
 def test_the_results_are_kept_and_drawn(tmp_path):

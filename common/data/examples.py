@@ -296,9 +296,12 @@ def read_jsonl(path: Path) -> list[dict]:
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # str.splitlines cuts at more than line ends
         if line.strip():
             try:
-                rows.append(dict(json.loads(line)))
-            except (ValueError, TypeError) as error:  # not UTF-8, not JSON, not an object
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:  # not UTF-8, not JSON
                 raise SystemExit(f"--data {path}: line {number} is not a JSON object: {error}") from None
+            if not isinstance(row, dict):
+                raise SystemExit(f"--data {path}: line {number} is not a JSON object: it is a {type(row).__name__}")
+            rows.append(row)
     return rows
 
 

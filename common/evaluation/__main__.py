@@ -10,12 +10,12 @@ other models, corruptions or severities adds to the file. A file of other settin
 """
 
 import json
+import sys
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
 import torch
-import tyro
 
 from common.corruptions import check_corruptions, choose
 from common.data.examples import load_examples
@@ -32,8 +32,8 @@ from common.evaluation.robustness import (
 )
 from common.model.load import TINY, check_model, load_policy, newest_checkpoint
 from common.run.checkpoints import settings_of
-from common.run.files import checksum
-from common.run.settings import Count, Natural, Weight, check_ranges, memory_advice
+from common.run.files import checksum, one_line
+from common.run.settings import Count, Natural, Weight, check_ranges, command_line, memory_advice
 
 
 @dataclass
@@ -131,10 +131,7 @@ def benchmarks(args: Args) -> dict[str, dict]:
             for title in next(iter(result.values()))["special"]:
                 figures = ", ".join(f"{model} {100 * result[model]['special'][title]:.1f}" for model in args.model)
                 print(f"{name}, {title}: {figures}")
-    if args.out:
-        write_results(args.out, content)
-        if args.corruptions:
-            plot_robustness(content["summary"], Path(args.out).with_suffix(".png"))
+    keep(args, content)
     return results
 
 
@@ -173,8 +170,10 @@ def evaluate_on(args: Args) -> tuple[dict[str, dict], dict[str, dict]]:
 
         def save(cells: dict | None = None, result=result) -> None:
             result.update({"cells": cells} if cells else {})
-            if args.out:
-                write_results(args.out, held)
+            try:
+                keep(args, held)
+            except SystemExit as error:  # it is computed: it shall be printed all the same
+                print(error, flush=True)
 
         if args.corruptions:
             robustness(policy, examples, names, severities, known=result.get("cells"), keep=save, **options)
@@ -188,14 +187,23 @@ def evaluate_on(args: Args) -> tuple[dict[str, dict], dict[str, dict]]:
     results = {name: held["models"][name] for name in marks}
     if not args.corruptions:
         print(table(results))
+        keep(args, held)
         return results, {}
     cells = {name: {cell: result["cells"][cell] for cell in wanted} for name, result in results.items()}
     held["summary"] = robustness_summary(cells)
     print(robustness_table(held["summary"]))
-    if args.out:
-        write_results(args.out, held)
-        plot_robustness(held["summary"], Path(args.out).with_suffix(".png"))
+    keep(args, held)
     return held["summary"], cells
+
+
+def keep(args: Args, content: dict) -> None:
+    """Write the results, and the picture of a summary, where `--out` names a file; what is printed stands before."""
+    if args.out:
+        sys.stdout.flush()
+        with one_line(f"--out {args.out}"):
+            write_results(args.out, content)
+            if args.corruptions and "summary" in content:
+                plot_robustness(content["summary"], Path(args.out).with_suffix(".png"))
 
 
 def mark(checkpoint: str) -> dict[str, str]:
@@ -241,8 +249,12 @@ def known_results(out: str, settings: dict, marks: dict[str, dict]) -> dict:
         if before != value and key != "limit":  # of which the file's examples tell more than what was asked for
             flag = "--" + key.replace("_", "-")
             raise SystemExit(f"--out {out}: {flag} was {before!r} there and is {value!r} now; name another file")
-    kept = [part for m in held["models"].values() for part in (*m.get("cells", {}).values(), m.get("rows"))]
-    if others := {len(part) for part in kept if part} - {settings["limit"]}:
+    try:
+        kept = [part for m in held["models"].values() for part in (*m.get("cells", {}).values(), m.get("rows"))]
+        counts = {len(part) for part in kept if part}
+    except (AttributeError, TypeError):
+        raise SystemExit(f"--out {out}: holds something else; name another file") from None
+    if others := counts - {settings["limit"]}:
         counts = f"{others.pop()} examples, there are {settings['limit']} now (--data, --limit)"
         raise SystemExit(f"--out {out}: holds figures of {counts}; name another file")
     for name in marks.keys() & held["models"].keys():
@@ -254,4 +266,4 @@ def known_results(out: str, settings: dict, marks: dict[str, dict]) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    command_line(main, Args)

@@ -9,7 +9,7 @@ from common.data.messages import TEMPLATE, build_messages
 from common.model.load import Policy, encode_prompts
 from common.model.sampling import decode, sample, uniform_numbers
 from common.rewards.answers import score
-from common.run.progress import counted
+from common.run.progress import Progress, counted
 
 
 def evaluate(
@@ -24,12 +24,12 @@ def evaluate(
     seed: int = 0,
     corruption: tuple[str, int] | None = None,
     accelerator=None,
-    name: str = "evaluating",
+    progress: Progress | None = None,
 ) -> dict:
     """Answer every example `samples` times, with pictures corrupted by name and severity if asked; check the answers.
 
-    `name` stands beside the progress. With an accelerator of several processes each takes every W-th example and all
-    return the same result:
+    What it comes to is said before it begins, and how it goes, unless a `progress` counts these examples among others.
+    With an accelerator of several processes each takes every W-th example and all return the same result:
     accuracy, ci_low, ci_high, count, those of `pass_at`, mean_length, truncated, groups (of the first four) and rows.
 
     Raises:
@@ -44,8 +44,9 @@ def evaluate(
     mine = order[accelerator.process_index if accelerator else 0 :: processes]
     rows = []
     starts = range(0, len(mine), batch_prompts)
-    if not accelerator or accelerator.is_main_process:
-        starts = counted(starts, len(examples), name, batch_prompts * processes)
+    if progress is None and (not accelerator or accelerator.is_main_process):
+        text = at_most(len(examples) * samples, max_new_tokens)
+        starts = counted(starts, len(examples), "evaluating", batch_prompts * processes, text=text)
     for start in starts:
         numbers = mine[start : start + batch_prompts]
         batch = [examples[n] for n in numbers]
@@ -77,12 +78,23 @@ def evaluate(
                     "truncated": (~rollout.ended[own]).tolist(),
                 }
             )
+        if progress is not None:
+            progress.update(min(batch_prompts * processes, len(examples) - start * processes))
     if processes > 1:
         from accelerate.utils import gather_object
 
         rows = gather_object(rows)
     rows.sort(key=lambda row: row["number"])
     return summarize(rows)
+
+
+def at_most(completions: int, max_new_tokens: int) -> str:
+    """What an evaluation comes to, as it is said before it begins.
+
+    >>> at_most(500, 72)
+    '500 completions, 36,000 tokens at most'
+    """
+    return f"{completions:,} completions, {completions * max_new_tokens:,} tokens at most"
 
 
 def summarize(rows: list[dict]) -> dict:

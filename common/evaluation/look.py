@@ -27,7 +27,7 @@ from PIL import Image
 
 from common.data.examples import Example, load_examples
 from common.data.messages import TEMPLATE, build_messages, check_template
-from common.evaluation.accuracy import aligned
+from common.evaluation.accuracy import aligned, at_most
 from common.evaluation.robustness import bootstrap
 from common.model.load import Policy, encode_prompts, load_policy, newest_checkpoint, process_images
 from common.model.sampling import decode, sample, uniform_numbers
@@ -35,6 +35,7 @@ from common.model.scoring import Scorer
 from common.rewards.answers import score
 from common.run.checkpoints import settings_of
 from common.run.files import one_line, write
+from common.run.progress import counted
 from common.run.settings import Count, Natural, PositiveShare, Weight, check_ranges, command_line
 
 LATE = 0.5  # a completion's last half is late
@@ -129,7 +130,8 @@ def look(
     was_training = policy.model.training
     policy.model.eval()
     black = process_images(policy, [Image.new("RGB", (64, 64))])[0][:1].to(policy.device)  # [1, patch volume]
-    for start in range(0, len(examples), batch_prompts):
+    text = at_most(len(examples), max_new_tokens)
+    for start in counted(range(0, len(examples), batch_prompts), len(examples), "looking", batch_prompts, text=text):
         numbers = range(start, min(start + batch_prompts, len(examples)))
         batch = [examples[n] for n in numbers]
         prompts = encode_prompts(policy, [build_messages(e, template) for e in batch], [list(e.images) for e in batch])
@@ -336,15 +338,13 @@ def main(args: Args) -> dict[str, dict]:
     folder = Path(args.out)
     if folder.exists() and not folder.is_dir():
         raise SystemExit(f"--out {args.out}: not a folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"--out {args.out}: cannot be made ({error.strerror})") from None
     titles = [Path(name).name for name in args.model]
     titles = titles if len(set(titles)) == len(titles) else list(args.model)  # short where they stay distinct
     names = ("image_column", "question_column", "answer_column", "kind", "image_root")
     columns = {name: getattr(args, name) for name in names}
     examples = load_examples(args.data, args.split, limit=args.limit, **columns)
+    with one_line(f"--out {args.out}"):
+        folder.mkdir(parents=True, exist_ok=True)
     examples = [examples[n] for n in range(len(examples))]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = {}

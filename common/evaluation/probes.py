@@ -25,14 +25,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 
 from common.data.examples import Example, load_examples
 from common.data.messages import TEMPLATE, build_messages, check_template
 from common.data.prompts import replace_images
 from common.data.puzzles import COLOURS, SHAPES, puzzle, solve
-from common.evaluation.accuracy import aligned
+from common.evaluation.accuracy import aligned, at_most
 from common.evaluation.robustness import bootstrap
 from common.model.load import Policy, Prompts, encode_prompts, load_policy, newest_checkpoint
 from common.model.sampling import decode, sample, uniform_numbers
@@ -40,8 +39,9 @@ from common.model.scoring import Scorer
 from common.rewards.answers import check, extract, score
 from common.rewards.designs import MARKERS
 from common.run.checkpoints import settings_of
-from common.run.files import write
-from common.run.settings import Count, Natural, Weight, check_ranges
+from common.run.files import one_line, write
+from common.run.progress import counted
+from common.run.settings import Count, Natural, Weight, check_ranges, command_line
 
 VIEWS = ("real", "grey", "other")
 CUTS = (0.0, 0.25, 0.5, 0.75)  # of a completion's tokens
@@ -100,14 +100,24 @@ def views(policy: Policy, examples: Sequence[Example], others: Sequence[Example]
 
 @torch.no_grad()
 def image_reliance(
-    policy: Policy, examples: Sequence[Example], *, template: str, max_new_tokens: int, batch_prompts: int = 64
+    policy: Policy,
+    examples: Sequence[Example],
+    *,
+    template: str,
+    max_new_tokens: int,
+    batch_prompts: int = 64,
+    quiet: bool = False,
 ) -> dict[str, float]:
     """How much likelier the policy's own greedy completions are with their pictures than with grey ones and with other
     examples', in nats a token: a policy that goes blind comes to 0. Small enough for every evaluation of a training."""
     scorer, following = Scorer(policy), neighbours(examples)
     was_training, gaps, tokens = policy.model.training, {"grey": 0.0, "other": 0.0}, 0
     policy.model.eval()
-    for start in range(0, len(examples), batch_prompts):
+    starts = range(0, len(examples), batch_prompts)
+    if not quiet:
+        text = at_most(len(examples), max_new_tokens)
+        starts = counted(starts, len(examples), "image reliance", batch_prompts, text=text)
+    for start in starts:
         numbers = range(start, min(start + batch_prompts, len(examples)))
         batch, others = [examples[n] for n in numbers], [examples[following[n]] for n in numbers]
         seen = views(policy, batch, others, template)
@@ -151,7 +161,8 @@ def probe(
         rollout = sample(policy, prompts, samples, max_new_tokens, noise, temperature=temperature)
         return rollout, decode(policy, rollout)
 
-    for start in range(0, len(examples), batch_prompts):
+    text = at_most(len(examples) * samples * (len(VIEWS) + 2), max_new_tokens)  # and under two hints
+    for start in counted(range(0, len(examples), batch_prompts), len(examples), "probing", batch_prompts, text=text):
         numbers = range(start, min(start + batch_prompts, len(examples)))
         batch, others = [examples[n] for n in numbers], [examples[following[n]] for n in numbers]
         asked = [e for e in batch for _ in range(samples)]  # rows of an example stand together
@@ -237,7 +248,7 @@ def readings(policy: Policy, examples: Sequence[Example], *, template: str = TEM
     scorer, rows = Scorer(policy), []
     was_training = policy.model.training
     policy.model.eval()
-    for start in range(0, len(examples), batch_prompts):
+    for start in counted(range(0, len(examples), batch_prompts), len(examples), "readings", batch_prompts):
         batch = [examples[n] for n in range(start, min(start + batch_prompts, len(examples)))]
         prompts = encode_prompts(policy, [build_messages(e, template) for e in batch], [list(e.images) for e in batch])
         shown = [solve(puzzle(e.id.split("/")[0], int(e.id.split("/")[1]))) for e in batch]
@@ -349,6 +360,8 @@ def main(args: Args) -> dict[str, dict]:
     if folder.exists() and not folder.is_dir():
         raise SystemExit(f"--out {args.out}: not a folder")
     examples = load_examples(args.data, args.split, limit=args.limit)
+    with one_line(f"--out {args.out}"):
+        folder.mkdir(parents=True, exist_ok=True)
     examples = [examples[n] for n in range(len(examples))]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models, read = {}, {}
@@ -369,14 +382,14 @@ def main(args: Args) -> dict[str, dict]:
         if re.match(r"puzzles\b", args.data):
             read[name] = readings(policy, examples, template=template, batch_prompts=args.batch_prompts)
     summary = summarize(models)
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "probes.json", json.dumps({"args": vars(args), "summary": summary, "readings": read}, indent=1))
-    plot_probes(summary, read, folder / "probes.png")
     print(f"{args.data}, split {args.split}, {len(examples)} examples, {args.samples} samples at {args.temperature}")
-    print(probes_table(summary, read))
+    print(probes_table(summary, read), flush=True)
+    with one_line(f"--out {args.out}"):
+        write(folder / "probes.json", json.dumps({"args": vars(args), "summary": summary, "readings": read}, indent=1))
+        plot_probes(summary, read, folder / "probes.png")
     print(f"{folder}: probes.json, probes.png")
     return summary
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    command_line(main, Args)

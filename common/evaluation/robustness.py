@@ -13,9 +13,10 @@ import numpy as np
 
 from common.corruptions import SEEN, UNSEEN
 from common.data.examples import Example
-from common.evaluation.accuracy import aligned, evaluate
+from common.evaluation.accuracy import aligned, at_most, evaluate
 from common.model.load import Policy
 from common.run.files import write
+from common.run.progress import Progress
 
 CLEAN = "clean/0"
 
@@ -36,13 +37,21 @@ def robustness(
     are those of `evaluate`.
     """
     cells = dict(known or {})
-    for name, severity in [("clean", 0), *product(corruptions, severities)]:
-        cell = f"{name}/{severity}"
-        if cell not in cells:
+    wanted = [("clean", 0), *product(corruptions, severities)]
+    missing = [cell for cell in wanted if "{}/{}".format(*cell) not in cells]
+    accelerator, progress = options.get("accelerator"), None
+    if not accelerator or accelerator.is_main_process:
+        text = at_most(len(missing) * len(examples) * options.get("samples", 1), options["max_new_tokens"])
+        progress = Progress(len(missing) * len(examples), name=f"{len(missing)} cells", text=text)
+    try:
+        for name, severity in missing:
             corruption = (name, severity) if severity else None
-            rows = evaluate(policy, examples, corruption=corruption, name=cell, **options)["rows"]
-            cells[cell] = [sum(row["correct"]) / len(row["correct"]) for row in rows]
+            rows = evaluate(policy, examples, corruption=corruption, progress=progress, **options)["rows"]
+            cells[f"{name}/{severity}"] = [sum(row["correct"]) / len(row["correct"]) for row in rows]
             keep(cells)
+    finally:
+        if progress is not None:
+            progress.close()
     return cells
 
 

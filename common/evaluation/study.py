@@ -194,7 +194,8 @@ def main(args: Args) -> None:
 
     # Seeds outside, so that an unfinished study has all methods of its first seeds.
     runs = [(name, seed) for seed in args.seeds for name in commands]
-    bar = tqdm(total=len(runs), unit="run", mininterval=0)
+    form = "{n_fmt}/{total_fmt} runs {bar:12} {elapsed} so far"  # a rate would be that of runs found finished
+    bar = tqdm(total=len(runs), bar_format=form, ascii=" ━", mininterval=0)
     task: Callable = lambda run: (train_and_evaluate(args, run[0], commands[run[0]], run[1]), bar.update())[0]
     pool = ThreadPoolExecutor(args.jobs)
     try:

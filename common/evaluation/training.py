@@ -29,10 +29,13 @@ class Evaluations:
         self.args, self.run, self.policy, self.held_out, self.test = args, run, policy, held_out, test
         self.robust = [test[n] for n in range(min(args.robust_examples, len(test)))]
         self.results, self.cells = {}, {}
+        # Half of the rows that training samples at once: there the rows of a group share their prompt, here none do.
+        rows = args.slots or args.prompts_per_step // run.accelerator.num_processes * args.group_size
+        at_once = max(rows // 2, args.micro_batch_tokens // args.max_completion_length)
         self.options = {
             "template": args.prompt_template,
             "max_new_tokens": args.max_completion_length,
-            "batch_prompts": max(1, min(64, args.micro_batch_tokens // args.max_completion_length)),
+            "batch_prompts": max(1, min(64, at_once)),
         }
         self.everywhere = {"seed": args.seed, "accelerator": run.accelerator}  # each process takes its share
 
@@ -47,17 +50,18 @@ class Evaluations:
 
     def before(self) -> None:
         """Evaluate before the first step; a run that is continued has that already."""
-        if len(self.test):
-            self.results["before"] = self.run.once("before", lambda: self.on(self.test))
-        if self.robust:
-            self.cells["before"] = self.run.once("robustness-before", self.robustness)
+        if len(self.test) and (found := self.run.once("before", lambda: self.on(self.test))):
+            self.results["before"] = found
+        if self.robust and (found := self.run.once("robustness-before", self.robustness)):
+            self.cells["before"] = found
 
     def during(self, step: int) -> dict[str, float]:
         """Metrics of the evaluation after `step` steps; none where none is due."""
         if not self.args.eval_every or step % self.args.eval_every:
             return {}
         few = [self.held_out[n] for n in range(min(RELIANCE_EXAMPLES, len(self.held_out)))]
-        accuracy, reliance = self.on(self.held_out)["accuracy"], image_reliance(self.policy, few, **self.options)
+        accuracy = self.on(self.held_out)["accuracy"]
+        reliance = image_reliance(self.policy, few, **self.options, quiet=not self.run.main)
         return {
             "eval/accuracy": accuracy,
             "eval/image_reliance": reliance["reliance/grey"],

@@ -15,7 +15,10 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
+import huggingface_hub
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import (
@@ -27,7 +30,7 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 from transformers.utils import cached_file
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import CRITICAL, disable_progress_bar, get_verbosity, set_verbosity
 
 disable_progress_bar()  # transformers' own, for loading and saving weights, would break up ours
 TINY = Path(__file__).parents[1] / "tiny"
@@ -116,9 +119,21 @@ class Prompts:
 def check_model(name: str) -> None:
     """Stop with one line where there is no such model or it is of another family, before its weights are read."""
     source = resolve_name(name)
+    ask_the_hub_once(source)
     with loading(name, source):
         if not adapter_base(source):
             read_config(name, source)
+
+
+def ask_the_hub_once(source: str) -> None:
+    """Where the hub does not answer, let the cache do from now on, rather than try for half a minute each time."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists():
+        try:
+            HfApi().model_info(source, timeout=3)
+        except HfHubHTTPError:  # it does answer
+            pass
+        except Exception:  # whatever the network's layers raise
+            huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def load_policy(
@@ -157,16 +172,29 @@ def load_policy(
     frozen_on_cuda = device.type == "cuda" and (lora or not trainable)
     with loading(name, source):
         config = read_config(name, source)
-        model, found = AutoModelForImageTextToText.from_pretrained(
-            source,
-            dtype=torch.bfloat16 if frozen_on_cuda else torch.float32,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-        )
+        verbosity = get_verbosity()
+        set_verbosity(CRITICAL)  # what is wrong is said below, in one line
+        try:
+            model, found = AutoModelForImageTextToText.from_pretrained(
+                source,
+                dtype=torch.bfloat16 if frozen_on_cuda else torch.float32,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        finally:
+            set_verbosity(verbosity)
+        if found["mismatched_keys"]:
+            key, held, said = min(found["mismatched_keys"])
+            shapes = f"{tuple(held)}, by its config.json {tuple(said)}"
+            raise ValueError(f"{len(found['mismatched_keys'])} weights have other shapes, the first {key}: {shapes}")
         if found["missing_keys"]:  # transformers would draw them at random
             missing = sorted(found["missing_keys"])
             raise ValueError(f"{len(missing)} weights are missing, the first {missing[0]}")
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except ValueError as error:  # of which some name no file
+            raise ValueError(f"its tokenizer: {first_line(error)}") from None
         if tokenizer.convert_tokens_to_ids("<|image_pad|>") != config.image_token_id:
             raise ValueError("its tokenizer does not have <|image_pad|>, or not where the model has it")
         tokenizer.chat_template = vision_chat_template(source, tokenizer)
@@ -371,7 +399,13 @@ def notice(text: str) -> None:
 def adapter_base(source: str) -> str | None:
     """The model that the adapter in the folder `source` was trained on; None if there is no adapter."""
     file = Path(source) / "adapter_config.json"
-    return json.loads(file.read_text())["base_model_name_or_path"] if file.is_file() else None
+    if not file.is_file():
+        return None
+    held = json.loads(file.read_text())
+    base = held.get("base_model_name_or_path") if isinstance(held, dict) else None
+    if not isinstance(base, str) or not base:
+        raise ValueError("its adapter_config.json names no base model")
+    return base
 
 
 def read_config(name: str, source: str) -> PretrainedConfig:
@@ -396,7 +430,8 @@ def missing_model(name: str, source: str, error: Exception) -> str:
     if Path(source).is_dir():
         return f"--model {name}: the folder cannot be loaded: {first_line(error)}"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        return f"--model {name}: no such folder, and not a hub id of the form owner/name"
+        which = f"--model {name}" if source == name else f"--model {name}: {source}"  # what its adapter stands on
+        return f"{which}: no such folder, and not a hub id of the form owner/name"
     return (
         f"--model {name}: {source} is not in the local cache and the hub cannot be reached or does not have it; where "
         f"there is a network, run `hf download {source} --local-dir DIR` and pass --model DIR ({first_line(error)})"

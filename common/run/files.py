@@ -67,13 +67,14 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def drop_lines_from(path: Path, step: int) -> None:
-    """Drop the lines of `step` and later, and a last line that was cut off: those steps will be done again."""
+def drop_lines_after(path: Path, step: int) -> None:
+    """Drop the lines of steps behind `step`, which will be done again, strange ones, and a last one that was cut off;
+    all lines where no step is done."""
     if not path.is_file():
         return
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] < step:
+        with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
+            if json.loads(line)["step"] <= step > 0:
                 kept.append(line + "\n")
     write(path, "".join(kept))

@@ -40,9 +40,9 @@ from common.model.training import Batch
 from common.run.card import check_hub, upload
 from common.run.checkpoints import drop_old, load_checkpoint, masters, newest_whole, write_checkpoint
 from common.run.doctor import Doctor, endings_of
-from common.run.files import append, drop_lines_from, one_line, read_arguments, write
+from common.run.files import append, drop_lines_after, one_line, read_arguments, write
 from common.run.meter import Meter
-from common.run.page import keep_pictures, read_lines, write_page
+from common.run.page import keep_pictures, read_lines, read_object, write_page
 from common.run.plot import plot_learning_curve
 from common.run.preflight import preflight
 from common.run.progress import Progress, step_text
@@ -119,7 +119,9 @@ class Run:
         with one_line(f"--out {self.folder}"):
             # A run that ended before it wrote anything but its arguments (a mistyped flag) is in nobody's way.
             if not self.args.resume and any(
-                p.is_file() for p in self.folder.rglob("*") if p.name not in ("args.json", "plan.json", ".lock")
+                p.is_file()
+                for p in self.folder.rglob("*")
+                if p.name not in ("args.json", ".args.json.writing", "plan.json", ".lock")
             ):
                 raise SystemExit(
                     f"--out {self.folder}: the folder is not empty; continue that run with --resume {self.folder}, or "
@@ -158,7 +160,9 @@ class Run:
         self.accelerator.project_configuration.set_directories(str(self.folder))
         self.accelerator.log_with = filter_trackers([self.args.track], str(self.folder))
         options = {
-            "tensorboard": {"purge_step": step or None},  # hides what was logged of steps that will be done again
+            "tensorboard": {
+                "purge_step": step + 1 if step else None
+            },  # hides what was logged of steps that will be done again
             "wandb": {"name": self.folder.name, "dir": str(self.folder)},
             "trackio": {"name": self.folder.name},
         }
@@ -211,10 +215,13 @@ class Run:
     # --- what a step leaves behind
 
     def once(self, name: str, compute: Callable[[], dict]) -> dict:
-        """The evaluation `name`, from its file where a run that is continued has it already."""
+        """The evaluation `name` of the policy before its first step, from its file where a run that is continued has it
+        already; nothing where such a run has lost it."""
         file = self.folder / "evaluations" / f"{name}.json"
-        known = on_main(self.accelerator, lambda: json.loads(file.read_text()) if file.is_file() else None)
-        if known is not None:
+        known = on_main(self.accelerator, lambda: read_object(file))
+        if not known and self.first_step and self.main:  # it was of the policy before its first step, which is gone
+            print(f"{file}: missing or damaged, and cannot be made again after step {self.first_step}", flush=True)
+        if known or self.first_step:
             return known
         result = compute()
         if self.main:
@@ -236,17 +243,19 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl, the trackers, the progress bar, and what the doctor says. NaN and infinity are
-        written as null."""
+        written as null. `step` counts from 0, as loops do; what is written and said counts from 1, as checkpoints do:
+        the n-th step's line has `"step": n`."""
         if not self.main:
             return
         finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
+        step += 1
         append(self.folder / "metrics.jsonl", [{"step": step, **dict.fromkeys(metrics), **finite}])
         if self.args.track:
             self.accelerator.log(finite, step=step)
         if self.progress:
             self.progress.update(text=step_text(metrics))
         if "eval/accuracy" in metrics:
-            self.say(f"step {step + 1}: held-out accuracy {100 * metrics['eval/accuracy']:.1f} %")
+            self.say(f"step {step}: held-out accuracy {100 * metrics['eval/accuracy']:.1f} %")
         self.remark(self.doctor.examine(step, metrics))
 
     def show(
@@ -266,8 +275,11 @@ class Run:
         if not self.main:
             return
         self.doctor.endings.update(endings_of(completions))
-        example, evaluated = asked[0], self.args.eval_every and (step + 1) % self.args.eval_every == 0
-        pictured = evaluated or step % max(1, self.args.steps // PICTURED) == 0 or step + 1 == self.args.steps
+        told = step % max(1, self.args.steps // 5) == 0
+        pictured = step % max(1, self.args.steps // PICTURED) == 0
+        step += 1
+        example, evaluated = asked[0], self.args.eval_every and step % self.args.eval_every == 0
+        pictured = pictured or evaluated or step == self.args.steps
         rows = []
         for r, text in enumerate(completions[: self.args.group_size]):
             row = {"step": step, "question": example.question, "completion": text, "answer": example.answer}
@@ -286,10 +298,10 @@ class Run:
                 names = keep_pictures(self.folder, step, example.images)
             rows = [row | {"pictures": names} for row in rows]
         append(self.folder / "completions.jsonl", rows)
-        if step % max(1, self.args.steps // 5) == 0:
+        if told:
             row = rows[0]  # not the best one, which would flatter the model
             self.say(
-                f"--- step {step + 1}, reward {row['reward']:.2f}, advantage {row['advantage']:+.2f}, "
+                f"--- step {step}, reward {row['reward']:.2f}, advantage {row['advantage']:+.2f}, "
                 f"answer {row['answer']}\n{row['question']}\n{row['completion']}\n---"
             )
         if pictured or time.monotonic() - self.page_written > PAGE_EVERY:
@@ -349,7 +361,7 @@ class Run:
             self.say(f"continuing {self.folder} at step {step}")
             with one_line(str(self.folder)):
                 for name in ("metrics.jsonl", "completions.jsonl", "remarks.jsonl"):
-                    drop_lines_from(self.folder / name, step)
+                    drop_lines_after(self.folder / name, step)
         if self.args.track:
             self.start_tracker(step)
         self.tokenizer, self.meter.work = policy.tokenizer, policy.work

@@ -26,10 +26,18 @@ class Progress:
     """A bar over `total` things, of which `done` are: the steps of training, the examples of an evaluation, or, with a
     total of 0, a phase without a count. `text` and `phase` stand behind the bar."""
 
-    def __init__(self, total: int, done: int = 0, name: str = "", leave: bool = False, stream: TextIO | None = None):
+    def __init__(
+        self,
+        total: int,
+        done: int = 0,
+        name: str = "",
+        leave: bool = False,
+        stream: TextIO | None = None,
+        text: str = "",
+    ):
         self.stream = stream or sys.stdout
         self.name, self.total, self.done, self.first = name, total, done, done
-        self.text = self.doing = ""
+        self.text, self.doing = text, ""
         self.started = self.printed = self.doing_since = time.monotonic()
         self.over = threading.Event()
         self.bar = self.ticker = None
@@ -71,8 +79,11 @@ class Progress:
             if not self.name:
                 self.draw()
         else:
-            end = not self.name and self.done in (self.first + count, self.total)  # of training
-            if end or time.monotonic() - self.printed >= EVERY:
+            now, begun = time.monotonic(), self.done == self.first + count
+            end = not self.name and (begun or self.done == self.total)  # of training
+            # With its first part done it is known how long an evaluation takes.
+            long = begun and (now - self.started) / count * (self.total - self.done) >= EVERY
+            if end or long or now - self.printed >= EVERY:
                 self.say(self.line())
 
     def phase(self, text: str) -> None:
@@ -116,9 +127,11 @@ def step_text(metrics: dict[str, float | None]) -> str:
     return text.replace("nan%", "–").replace("nan", "–")
 
 
-def counted(items: Iterable[T], total: int, name: str, size: int = 1, stream: TextIO | None = None) -> Iterator[T]:
-    """The items, each standing for `size` of `total` things, under a bar: "evaluating 128/500 ━━━ 0:12 left"."""
-    progress = Progress(total, name=name, stream=stream)
+def counted(
+    items: Iterable[T], total: int, name: str, size: int = 1, stream: TextIO | None = None, text: str = ""
+) -> Iterator[T]:
+    """The items, each standing for `size` of `total` things, under a bar: "evaluating 128/500 ━━━ 0:12 left  text"."""
+    progress = Progress(total, name=name, stream=stream, text=text)
     try:
         for item in items:
             yield item

@@ -116,7 +116,8 @@ class Settings:
         self.data = self.data or ("puzzles" if tiny else "hiyouga/geometry3k")
         self.prompt_template = self.prompt_template.replace("{request}", request_for(self.reward, tiny))
         usual = {"learning_rate": 3e-5 if tiny else 1e-6, "max_completion_length": 72 if tiny else 2048}
-        usual |= dict.fromkeys(("kl_view_coef", "aux_coef"), 0.3 if tiny else 0.1)  # of roma.py
+        usual |= dict.fromkeys(("kl_view_coef", "aux_coef"), 0.3 if tiny else 0.1)  # of roma.py, as the next one
+        usual["robust_examples"] = 100 if tiny else 0  # 31 evaluations each time, of long completions hours
         for name, value in usual.items():
             if getattr(self, name, value) is None:
                 setattr(self, name, value)

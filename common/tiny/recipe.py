@@ -69,7 +69,7 @@ class Args:
     """optimizer steps on descriptions, which teach to see"""
     steps: int = 800
     """optimizer steps on demonstrations without flaws"""
-    more_steps: int = 1600
+    more_steps: int = 4500
     """optimizer steps on both in turn"""
     apprentice_steps: int = 200
     """optimizer steps on demonstrations of the flawed teacher"""

@@ -48,7 +48,7 @@ class Flaws:
 # A bed is a flaw that is strong enough to leave a policy in need of something. Bad eyes go with some: a shortcut tempts
 # only where looking is not always right, and a description helps only where reading fails without it.
 BEDS = {
-    "tiny": Flaws(misreading=0.65, forgetting=0.35),
+    "tiny": Flaws(misreading=0.7, forgetting=0.5),
     "none": Flaws(),
     "misreading": Flaws(misreading=0.65),
     "rarity": Flaws(rarity=0.96),
