@@ -1,5 +1,5 @@
 """`python -m tests.diff_page` writes docs/side_by_side.html, each method's diff from grpo.py with its objective's terms
-beside the lines that compute them, and the counts in README.md."""
+beside the lines that compute them, the counts in README.md, and the line numbers in the pages' links to functions."""
 
 import ast
 import difflib
@@ -166,6 +166,20 @@ def readme(text: str) -> str:
     return "\n".join(lines)
 
 
+def with_lines(text: str) -> str:
+    """A page of docs/ whose links to functions, [`name`](../script.py), lead to the lines where these begin."""
+
+    def link(match: re.Match) -> str:
+        begins = re.search(rf"^def {match[1]}\b", text_of(match[2]), re.M)
+        number = text_of(match[2])[: begins.start()].count("\n") + 1
+        return f"[`{match[1]}`](../{match[2]}.py#L{number})"
+
+    return re.sub(r"\[`(\w+)`\]\(\.\./(\w+)\.py(?:#L\d+)?\)", link, text)
+
+
 if __name__ == "__main__":
+    for script in ("grpo", *METHODS):
+        path = ROOT / f"docs/{script}.md"
+        path.write_text(with_lines(path.read_text()))
     (ROOT / "docs/side_by_side.html").write_text(page())
     (ROOT / "README.md").write_text(readme((ROOT / "README.md").read_text()))

@@ -76,6 +76,9 @@ def test_the_page_side_by_side_and_the_readmes_counts_are_those_of_the_scripts()
     assert (ROOT / "docs/side_by_side.html").read_text() == diff_page.page(), "run python -m tests.diff_page"
     readme = (ROOT / "README.md").read_text()
     assert readme == diff_page.readme(readme), "run python -m tests.diff_page"
+    for script in ("grpo", *CHANGED):
+        page = (ROOT / f"docs/{script}.md").read_text()
+        assert page == diff_page.with_lines(page), "run python -m tests.diff_page"
 
 
 @pytest.mark.parametrize("script", CHANGED)
