@@ -68,6 +68,11 @@ def test_a_methods_page_has_the_same_parts_as_others(method):
         assert all(re.search(rf"\b{name}\b", script) for name in names), term
 
 
+def test_the_page_of_the_rewards_has_them_too():
+    found = re.findall(r"^## (.+)$", (ROOT / "docs/rewards.md").read_text(), re.M)
+    assert [title for title in found if title != "A reward of your own"] == HEADINGS
+
+
 def test_every_page_can_be_reached_from_the_readme():
     reached, todo = set(), [ROOT / "README.md"]
     while todo:
