@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import grpo
-from common.model.load import TINY
+from common.model.load import TINY, Policy, load_policy
+from common.model.processes import distribute, gather_weights, whole
+from common.model.scoring import Scorer
 from common.model.training import rate_at
+from common.run.checkpoints import masters
 from common.run.settings import check_settings
+from tests.parallel_worker import question
+from tests.small_models import FAMILIES, small_folder
 from tests.test_training import QUICK, assert_same_gradients, assert_same_weights, train, train_in_two
 from tests.train_worker import record
 
@@ -73,3 +79,22 @@ def test_a_frozen_tower_stays_and_the_rest_learns_as_before(tmp_path):
         same = {name for name in after if torch.equal(after[name], before[name])}
         assert same >= {name for name in after if ".visual." in name}
         assert "model.language_model.embed_tokens.weight" not in same
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_frozen_tower_is_not_rounded_with_the_copy_that_is_computed_with(family, monkeypatch):
+    """Under bfloat16 arithmetic, masters off the device: what is saved of the tower is what was loaded."""
+    monkeypatch.setattr(Policy, "autocast", lambda self: torch.autocast("cpu", dtype=torch.bfloat16))
+    before = load_policy(small_folder(family)).model.state_dict()
+    policy = load_policy(small_folder(family), freeze_vision=True, offload_optimizer=True)
+    scorer = Scorer(policy, gradient_checkpointing=True)
+    try:
+        trained_scorer, parameters = distribute(scorer, Accelerator(cpu=True), offload_optimizer=True)
+        gather_weights(scorer)
+        trained_scorer(*question(policy, 0)).logprobs.sum().backward()
+        saved = whole(masters(policy, torch.optim.AdamW(parameters)), keep=True)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert policy.model.get_output_embeddings().weight.dtype == torch.bfloat16
+    assert all(p.grad is not None for p in parameters) and len(parameters) < len(saved)
+    assert all(torch.equal(value, before[name]) for name, value in saved.items())
