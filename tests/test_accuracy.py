@@ -11,6 +11,7 @@ import torch
 from scipy.stats import binomtest, norm
 
 import common.evaluation.accuracy
+import grpo
 from common.corruptions import SEEN, UNSEEN
 from common.data.examples import PUZZLE_COUNT, Example, load_examples
 from common.data.messages import TEMPLATE
@@ -18,7 +19,8 @@ from common.evaluation import __main__ as command
 from common.evaluation.__main__ import Args, main, mark
 from common.evaluation.accuracy import evaluate, interval, summarize, table
 from common.evaluation.probes import image_reliance
-from common.evaluation.robustness import bootstrap, robustness, robustness_summary, robustness_table, show_robustness
+from common.evaluation.robustness import bootstrap, keep_robustness, robustness, robustness_summary, robustness_table
+from common.evaluation.training import Evaluations
 from common.model.load import TINY, load_policy, newest_checkpoint
 from common.run.checkpoints import settings_of
 from tests.small_models import picture, small_folder, small_policy, watch_loading
@@ -289,7 +291,7 @@ def test_a_model_that_is_never_right_retains_nothing_that_could_be_said(tmp_path
     lost = cells(0.0, fog=(0.0, 0.0, 0.0))
     assert robustness_summary({"a": lost})["a"]["unseen"]["retained"] is None
     assert robustness_summary({"a": cells(0.5, fog=(0.5, 0.5, 0.5))}, {"a": lost})["a"]["unseen"]["retained"] is None
-    show_robustness(tmp_path, {"a": lost})
+    keep_robustness(tmp_path, robustness_summary({"a": lost}), {"a": lost})
     out = tmp_path / "r.json"
     main(Args(limit=2, max_completion_length=1, corruptions=("fog",), severities=(5,), out=str(out)))
     for file in (tmp_path / "robustness.json", out):
@@ -530,3 +532,16 @@ def test_reliance_on_the_image_is_zero_for_a_model_that_cannot_see():
     for parameter in policy.base.model.visual.parameters():
         parameter.zero_()
     assert image_reliance(policy, examples, **options)["reliance/grey"] == pytest.approx(0, abs=1e-6)
+
+
+def test_an_evaluation_during_training_takes_about_as_many_rows_at_once_as_training_samples():
+    run = SimpleNamespace(accelerator=SimpleNamespace(num_processes=2))
+
+    def at_once(**settings) -> int:
+        args = grpo.Args(**{"model": "Qwen/Qwen3-VL-4B", "max_completion_length": 2048} | settings)
+        return Evaluations(args, run, None, [], []).options["batch_prompts"]
+
+    assert at_once(prompts_per_step=16) == 32, "half of 8 x 8 rows a process"
+    assert at_once(prompts_per_step=16, slots=20) == 10
+    assert at_once(prompts_per_step=2, group_size=2) == 8, "what a micro-batch of 16,384 tokens holds"
+    assert at_once(prompts_per_step=512) == 64

@@ -109,7 +109,8 @@ def results(folder: Path) -> dict:
     """All that a run leaves which does not depend on time: weights, metrics, completions, evaluations."""
     measured = ("seconds", "tokens_per_second", "memory_gib", "cost/")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    kept = {"metrics": [{k: v for k, v in line.items() if not k.startswith(measured)} for line in lines]}
+    kept = [{k: v for k, v in line.items() if v is not None and not k.startswith(measured)} for line in lines]
+    kept = {"metrics": kept}  # null is what an earlier step of the same process had and this one has not
     for path in folder.glob("checkpoints/step-*/*.safetensors"):
         kept[str(path.relative_to(folder))] = path.read_bytes()
     for path in (folder / "completions.jsonl", *folder.glob("evaluations/*.json")):
