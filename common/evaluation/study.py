@@ -166,8 +166,8 @@ def common_data(methods: dict[str, Settings | None]) -> tuple[str, str]:
         texts = [f"{names[0]} on " + " ".join(map(str, filter(None, key))) for key, names in sets.items()]
         raise SystemExit(f"--methods: they train on different data ({'; '.join(texts)}); a study compares on one set")
     (key,) = sets or [("puzzles", "test")]
-    if not isinstance(key[0], str):
-        raise SystemExit(f"--methods: they train on a mixture ({' '.join(key[0])}); a study compares on one set")
+    if "," in key[0]:
+        raise SystemExit(f"--methods: they train on several sets ({key[0]}); a study compares on one set")
     return key[0], key[-1]
 
 
