@@ -545,3 +545,35 @@ def test_an_evaluation_during_training_takes_about_as_many_rows_at_once_as_train
     assert at_once(prompts_per_step=16, slots=20) == 10
     assert at_once(prompts_per_step=2, group_size=2) == 8, "what a micro-batch of 16,384 tokens holds"
     assert at_once(prompts_per_step=512) == 64
+
+
+def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("corruptions", [None, ("fog",)])
+def test_on_a_full_disk_the_table_is_printed_all_the_same(corruptions, tmp_path, monkeypatch, capsys):
+    sheep = Sheep(monkeypatch)
+    monkeypatch.setattr(command, "load_policy", lambda *args, **kwargs: sheep)
+    monkeypatch.setattr(command, "load_examples", lambda *args, **kwargs: EXAMPLES)
+    monkeypatch.setattr(command, "write_results", full)
+    line = r"--out .*r.json: cannot be written \(No space left on device\); what was there stays"
+    with pytest.raises(SystemExit, match=line):
+        main(Args(out=str(tmp_path / "r.json"), corruptions=corruptions, severities=(1,) if corruptions else None))
+    said = capsys.readouterr().out
+    assert "tiny" in said.splitlines()[-1] and not list(tmp_path.iterdir())
+
+
+def test_a_training_that_ends_on_a_full_disk_prints_its_tables(tmp_path, monkeypatch, capsys):
+    from tests.test_run import new_run
+
+    figures = {"accuracy": 0.5, "ci_low": 0.4, "ci_high": 0.6, "groups": {}, "mean_length": 9.0, "truncated": 0.0}
+    evaluations = Evaluations(grpo.Args(), new_run(tmp_path / "run"), None, [], EXAMPLES)
+    evaluations.robust = EXAMPLES
+    monkeypatch.setattr(evaluations, "on", lambda examples: figures)
+    monkeypatch.setattr(evaluations, "robustness", lambda: cells(0.5, fog=(0.5, 0.25, 0.0)))
+    monkeypatch.setattr("common.run.folder.write", full)
+    with pytest.raises(SystemExit, match="run: cannot be written"):
+        evaluations.finish()
+    said = capsys.readouterr().out
+    assert "after      50.0" in said and "drop from clean" in said

@@ -1,7 +1,7 @@
 """Runs that are struck at random moments, by signals, a full disk, a folder that turns read-only, or too little memory,
 and then continued: to the same bits as a run that nothing happened to.
 
-A few moments by default; `FAULTS=50 pytest tests/test_faults.py` strikes at fifty. A moment is a number of calls and
+Two moments by default; `FAULTS=50 pytest tests/test_faults.py` strikes at fifty. A moment is a number of calls and
 returns of functions, drawn by a seed, so that it does not depend on the machine's speed. `FIRST=20` begins with the
 twentieth moment.
 """
@@ -23,7 +23,7 @@ import torch
 
 SCRIPTS = ("grpo", "noisy_grpo", "vgpo", "vppo", "roma")
 KINDS = ("SIGKILL", "full disk", "SIGTERM", "read-only folder", "SIGHUP", "out of memory")
-MOMENTS, FIRST = int(os.environ.get("FAULTS", "3")), int(os.environ.get("FIRST", "0"))
+MOMENTS, FIRST = int(os.environ.get("FAULTS", "2")), int(os.environ.get("FIRST", "0"))
 FLAGS = (
     "--prompts-per-step 2 --group-size 4 --steps 3 --save-every 1 --seed 3 --no-preflight --max-completion-length 40"
 )
