@@ -12,6 +12,7 @@ import torch
 from scipy.stats import binomtest, norm
 
 import common.evaluation.accuracy
+import grpo
 from common.corruptions import SEEN, UNSEEN
 from common.data.examples import PUZZLE_COUNT, Example, load_examples
 from common.data.messages import TEMPLATE
@@ -19,7 +20,8 @@ from common.evaluation import __main__ as command
 from common.evaluation.__main__ import Args, main, mark
 from common.evaluation.accuracy import evaluate, interval, pass_at, summarize, table
 from common.evaluation.probes import image_reliance
-from common.evaluation.robustness import bootstrap, robustness, robustness_summary, robustness_table, show_robustness
+from common.evaluation.robustness import bootstrap, keep_robustness, robustness, robustness_summary, robustness_table
+from common.evaluation.training import Evaluations
 from common.model.load import TINY, load_policy, newest_checkpoint
 from common.run.checkpoints import settings_of
 from tests.small_models import picture, small_folder, small_policy, watch_loading
@@ -308,7 +310,7 @@ def test_a_model_that_is_never_right_retains_nothing_that_could_be_said(tmp_path
     lost = cells(0.0, fog=(0.0, 0.0, 0.0))
     assert robustness_summary({"a": lost})["a"]["unseen"]["retained"] is None
     assert robustness_summary({"a": cells(0.5, fog=(0.5, 0.5, 0.5))}, {"a": lost})["a"]["unseen"]["retained"] is None
-    show_robustness(tmp_path, {"a": lost})
+    keep_robustness(tmp_path, robustness_summary({"a": lost}), {"a": lost})
     out = tmp_path / "r.json"
     main(Args(limit=2, max_completion_length=1, corruptions=("fog",), severities=(5,), out=str(out)))
     for file in (tmp_path / "robustness.json", out):
@@ -549,3 +551,48 @@ def test_reliance_on_the_image_is_zero_for_a_model_that_cannot_see():
     for parameter in policy.base.model.visual.parameters():
         parameter.zero_()
     assert image_reliance(policy, examples, **options)["reliance/grey"] == pytest.approx(0, abs=1e-6)
+
+
+def test_an_evaluation_during_training_takes_about_as_many_rows_at_once_as_training_samples():
+    run = SimpleNamespace(accelerator=SimpleNamespace(num_processes=2))
+
+    def at_once(**settings) -> int:
+        args = grpo.Args(**{"model": "Qwen/Qwen3-VL-4B", "max_completion_length": 2048} | settings)
+        return Evaluations(args, run, None, [], []).options["batch_prompts"]
+
+    assert at_once(prompts_per_step=16) == 32, "half of 8 x 8 rows a process"
+    assert at_once(prompts_per_step=16, slots=20) == 10
+    assert at_once(prompts_per_step=2, group_size=2) == 8, "what a micro-batch of 16,384 tokens holds"
+    assert at_once(prompts_per_step=512) == 64
+
+
+def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("corruptions", [None, ("fog",)])
+def test_on_a_full_disk_the_table_is_printed_all_the_same(corruptions, tmp_path, monkeypatch, capsys):
+    sheep = Sheep(monkeypatch)
+    monkeypatch.setattr(command, "load_policy", lambda *args, **kwargs: sheep)
+    monkeypatch.setattr(command, "load_examples", lambda *args, **kwargs: EXAMPLES)
+    monkeypatch.setattr(command, "write_results", full)
+    line = r"--out .*r.json: cannot be written \(No space left on device\); what was there stays"
+    with pytest.raises(SystemExit, match=line):
+        main(Args(out=str(tmp_path / "r.json"), corruptions=corruptions, severities=(1,) if corruptions else None))
+    said = capsys.readouterr().out
+    assert "tiny" in said.splitlines()[-1] and not list(tmp_path.iterdir())
+
+
+def test_a_training_that_ends_on_a_full_disk_prints_its_tables(tmp_path, monkeypatch, capsys):
+    from tests.test_run import new_run
+
+    figures = {"accuracy": 0.5, "ci_low": 0.4, "ci_high": 0.6, "groups": {}, "mean_length": 9.0, "truncated": 0.0}
+    evaluations = Evaluations(grpo.Args(), new_run(tmp_path / "run"), None, [], EXAMPLES)
+    evaluations.robust = EXAMPLES
+    monkeypatch.setattr(evaluations, "on", lambda examples: figures)
+    monkeypatch.setattr(evaluations, "robustness", lambda: cells(0.5, fog=(0.5, 0.25, 0.0)))
+    monkeypatch.setattr("common.run.folder.write", full)
+    with pytest.raises(SystemExit, match="run: cannot be written"):
+        evaluations.finish()
+    said = capsys.readouterr().out
+    assert "after      50.0" in said and "drop from clean" in said

@@ -144,6 +144,7 @@ FLAGS = [
     ("study --methods 'a: grpo.py --loss-type x' --out s", "--methods 'a: grpo.py --loss-type x': "),
     ("study --methods 'a: grpo.py' 'a: vppo.py' --out s", "there are two of the name 'a'"),
     ("study --methods 'a: grpo.py' 'b: grpo.py --data x.jsonl' --out s", "a study compares on one set"),
+    ("study --methods 'a: grpo.py --data x.jsonl,y.jsonl' --out s", "they train on several sets (x.jsonl,y.jsonl); a"),
     ("study --methods 'a: grpo.py' --seeds 1 1 --out s", "--seeds 1 1: each only once"),
     ("study --methods 'a: grpo.py' --splits exam --out s", "--splits exam: choose among"),
     ("study --methods 'a: grpo.py' --limit 0 --out s", "--limit, --methods, --seeds: at least one of each"),

@@ -114,3 +114,17 @@ def test_a_phase_of_less_than_a_second_leaves_no_trace():
 
 def test_what_has_no_value_is_a_dash():
     assert step_text({"reward": 0.0, "entropy": None}) == "reward 0.000  right –  – tokens  entropy –  –/s"
+
+
+def test_an_evaluation_says_what_it_comes_to_and_then_how_long_it_takes(monkeypatch):
+    clock, file = 1000.0, io.StringIO()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock)
+    for _ in counted(range(10), 100, "evaluating", 10, file, "100 completions, 7,200 tokens at most"):
+        clock += 20  # seconds a batch: with the first the rest is known
+    lines = file.getvalue().splitlines()
+    assert lines[0] == "evaluating 0/100  100 completions, 7,200 tokens at most"
+    assert lines[1] == "evaluating 10/100  03:00 left  100 completions, 7,200 tokens at most"
+    short = io.StringIO()
+    for _ in counted(range(10), 100, "evaluating", 10, short):
+        clock += 2
+    assert short.getvalue().splitlines() == ["evaluating 0/100"], "nobody waits for that"

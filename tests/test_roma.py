@@ -252,7 +252,7 @@ def test_a_run_ends_with_the_table_and_watches_for_blindness(tmp_path, capsys):
         out=str(tmp_path / "run"),
     )  # fmt: skip
     roma.main(args)
-    header, before, after = capsys.readouterr().out.split("run folder: ")[1].splitlines()[1:4]
+    header, before, after = capsys.readouterr().out.split("\n\n")[-4].splitlines()[:3]
     assert header.split()[:4] == ["model", "clean", "seen", "unseen"]
     assert before.split()[0] == "before" and after.split()[0] == "after"
     assert (tmp_path / "run" / "robustness.json").is_file() and (tmp_path / "run" / "robustness.png").is_file()

@@ -403,7 +403,14 @@ def test_another_runs_folder_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory.\nTried"), RuntimeError("can't allocate memory")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+        RuntimeError("can't allocate memory"),
+        RuntimeError("could not create a primitive"),
+        MemoryError(),
+        OSError(12, "Cannot allocate memory"),
+    ],
 )
 def test_out_of_memory_names_what_to_lower(error):
     @memory_advice()

@@ -11,7 +11,7 @@ import grpo
 import noisy_grpo
 from common.model.load import TINY, is_tiny
 from common.run.checkpoints import settings_of
-from common.run.settings import parse
+from common.run.settings import command_line, launch, parse
 from tests.small_models import small_folder
 
 
@@ -86,3 +86,15 @@ def test_a_run_that_cannot_be_read_is_one_line(held, line, tmp_path):
         parse(grpo.Args, ["--resume", str(tmp_path)])
     assert str(error.value).startswith(f"--resume {tmp_path}: ") and line in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_second_interrupt_is_a_line_with_the_shell_s_exit_code(capsys, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["grpo.py"])
+    for call in (lambda: launch(interrupted, grpo.Args), lambda: command_line(interrupted, grpo.Args)):
+        with pytest.raises(SystemExit) as end:
+            call()
+        said = capsys.readouterr().err
+        assert end.value.code == 130 and said.startswith("interrupted") and said.count("\n") == 1

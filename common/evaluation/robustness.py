@@ -15,7 +15,7 @@ from common.corruptions import SEEN, UNSEEN
 from common.data.examples import Example
 from common.evaluation.accuracy import aligned, at_most, evaluate
 from common.model.load import Policy
-from common.run.files import write
+from common.run.files import one_line, write
 from common.run.progress import Progress
 
 CLEAN = "clean/0"
@@ -169,12 +169,11 @@ def plot_robustness(summary: dict[str, dict], path: str | Path) -> None:
     plt.close(figure)
 
 
-def show_robustness(folder: Path, models: dict[str, dict[str, list[float]]]) -> None:
-    """Print the table of some models' cells; keep figures, cells and plot in `folder`."""
-    summary = robustness_summary(models)
-    print(robustness_table(summary))
-    write_results(folder / "robustness.json", {"summary": summary, "cells": models})
-    plot_robustness(summary, folder / "robustness.png")
+def keep_robustness(folder: Path, summary: dict[str, dict], models: dict[str, dict[str, list[float]]]) -> None:
+    """Keep some models' figures, cells and plot in `folder`."""
+    with one_line(str(folder)):
+        write_results(folder / "robustness.json", {"summary": summary, "cells": models})
+        plot_robustness(summary, folder / "robustness.png")
 
 
 def write_results(path: str | Path, content: dict) -> None:

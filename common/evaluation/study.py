@@ -95,19 +95,34 @@ def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> 
         if corrupted or not file.is_file():
             execute(["-m", "common.evaluation", "--model", path, "--split", split, "--limit", str(args.limit),
                      "--out", str(file), *columns, *flags])  # fmt: skip
-        result = json.loads(file.read_text())["models"][path]
+        result = read_result(file, "models", path)
         held = result.get("cells") or {CLEAN: [mean(row["correct"]) for row in result["rows"]]}
         # An earlier command may have asked for more of this run than of those that came later.
         wanted = [CLEAN, *(f"{name}/{level}" for name in choose(corrupted) for level in args.severities)]
         cells[split] = {cell: held[cell] for cell in wanted}
     if args.look:
         file = folder.resolve() / "look" / "look.json"
-        if not file.is_file() or len(next(iter(json.loads(file.read_text())["examples"].values()))) != args.look:
+        if not file.is_file() or len(next(iter(read_result(file, "examples").values()))) != args.look:
             execute(["-m", "common.evaluation.look", "--model", path, "--split", args.splits[0],
                      "--limit", str(args.look), "--out", str(file.parent), *columns])  # fmt: skip
-        (rows,) = json.loads(file.read_text())["examples"].values()
+        (rows,) = read_result(file, "examples").values()
         cells["look"] = {figure: [row[figure] for row in rows] for figure in FIGURES}
     return cells
+
+
+def read_result(file: Path, *keys: str) -> dict:
+    """What an evaluation has written under these keys.
+
+    Raises:
+        SystemExit: the file is damaged.
+    """
+    try:
+        value = json.loads(file.read_text())
+        for key in keys:
+            value = value[key]
+        return value
+    except (ValueError, LookupError, TypeError):
+        raise SystemExit(f"{file}: damaged; remove it, and the same command makes it again") from None
 
 
 def said(text: str) -> list[str]:
@@ -151,8 +166,8 @@ def common_data(methods: dict[str, Settings | None]) -> tuple[str, str]:
         texts = [f"{names[0]} on " + " ".join(map(str, filter(None, key))) for key, names in sets.items()]
         raise SystemExit(f"--methods: they train on different data ({'; '.join(texts)}); a study compares on one set")
     (key,) = sets or [("puzzles", "test")]
-    if not isinstance(key[0], str):
-        raise SystemExit(f"--methods: they train on a mixture ({' '.join(key[0])}); a study compares on one set")
+    if "," in key[0]:
+        raise SystemExit(f"--methods: they train on several sets ({key[0]}); a study compares on one set")
     return key[0], key[-1]
 
 

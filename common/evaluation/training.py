@@ -6,7 +6,7 @@ from common.corruptions import choose
 from common.data.examples import Example
 from common.evaluation.accuracy import evaluate, table
 from common.evaluation.probes import image_reliance
-from common.evaluation.robustness import robustness, show_robustness
+from common.evaluation.robustness import keep_robustness, robustness, robustness_summary, robustness_table
 from common.model.load import Policy
 from common.run.folder import Run
 
@@ -74,7 +74,10 @@ class Evaluations:
             self.results["after"] = self.on(self.test)
         if self.robust:
             self.cells["after"] = self.robustness()
-        self.run.finish(self.results, table(self.results) if self.results else "")
-        if self.run.main and self.robust:
-            show_robustness(self.run.folder, self.cells)
+        tables, main = [table(self.results)] if self.results else [], self.run.main
+        summary = robustness_summary(self.cells) if main and self.robust else {}
+        tables += [robustness_table(summary)] if summary else []
+        self.run.finish(self.results, "\n\n".join(tables))
+        if summary:
+            keep_robustness(self.run.folder, summary, self.cells)
         return self.results

@@ -398,8 +398,8 @@ def write_page(folder: Path) -> None:
 
 def main(args: Args) -> None:
     folder = Path(args.run)
-    if not (folder / "args.json").is_file():
-        raise SystemExit(f"{args.run}: no run there (args.json is missing)")
+    if not read_object(folder / "args.json"):
+        raise SystemExit(f"{args.run}: no run there (args.json is missing or damaged)")
     write_page(folder)
     print(f"{folder / 'index.html'}: {(folder / 'index.html').stat().st_size / 2**20:.2f} MB")
 
