@@ -5,11 +5,11 @@
         device.most             # bytes that tensors held there at the peak
         device.reads            # waits for a result: .item(), .tolist(), bool(), masks as indices, copies to the CPU
 
-Tensors say that they are on `cuda:0`; to torch they are on a backend of its own (`PrivateUse1`), and their numbers are on
-the CPU. An operation that mixes them with CPU tensors is refused, as on a GPU, but for what CUDA allows too:
-numbers without dimensions, indices, copies. Autocast rounds to bfloat16 where CUDA's does, and keeps its copies of the
-weights as long. Fused attention keeps no scores. A graph is the list of operations that were seen while it was recorded,
-done again on the same memory when it is replayed; waiting for a result while recording is refused.
+Tensors say that they are on `cuda:0`; to torch they are on a backend of its own (`PrivateUse1`), and their numbers are
+on the CPU. An operation that mixes them with CPU tensors is refused, as on a GPU, but for what CUDA allows too: numbers
+without dimensions, indices, copies. Autocast rounds to bfloat16 where CUDA's does, and keeps its copies of the weights
+as long. Fused attention keeps no scores. A graph is the list of operations that were seen while it was recorded, done
+again on the same memory when it is replayed; waiting for a result while recording is refused.
 
 What it does not show: CUDA's kernels with their rounding, and what their workspaces and the allocator take; streams.
 """
@@ -22,6 +22,7 @@ from weakref import finalize
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -279,13 +280,17 @@ def set_up() -> None:
     kept[1].fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     names = "empty_strided empty.memory_format as_strided copy_ view index.Tensor index_put_ fill_.Scalar".split()
     for name in names:
-        kept[0].impl(name, lambda *a, f=named(name), **k: run(f, a, k), "PrivateUse1")
+        kept[0].impl(name, below(named(name)), "PrivateUse1")
     kept[0].impl("scaled_dot_product_attention", attend, "AutogradPrivateUse1")
     for name in IN_BFLOAT16:
         kept[0].impl(name, under_autocast(named(name), torch.bfloat16), "AutocastPrivateUse1")
     for name in IN_FLOAT32:
         kept[0].impl(name, under_autocast(named(name), torch.float32), "AutocastPrivateUse1")
     set_up.library = kept
+
+
+def below(function):
+    return lambda *args, **kwargs: run(function, args, kwargs)
 
 
 def named(name: str):
@@ -299,18 +304,20 @@ def pretended(monkeypatch):
     if not hasattr(set_up, "library"):
         set_up()
     device.__init__()
-    save = PreTrainedModel.save_pretrained
 
     def to_host(x):
         return x.detach().numbers.clone() if isinstance(x, Pretend) else x
 
-    def save_from_host(self, folder, state_dict=None, **kwargs):
-        return save(self, folder, state_dict=tree_map(to_host, dict(state_dict or self.state_dict())), **kwargs)
+    def from_host(save):
+        def save_from_host(self, folder, state_dict=None, **kwargs):
+            return save(self, folder, state_dict=tree_map(to_host, dict(state_dict or self.state_dict())), **kwargs)
+
+        return save_from_host
 
     torch_save, torch_tensor, move = torch.save, torch.tensor, torch.Tensor.to
 
     def move_to_the_first(x, *args, **kwargs):  # torch would ask CUDA which device is the current one
-        place = lambda y: CUDA if y == "cuda" or isinstance(y, torch.device) and y.type == "cuda" else y
+        place = lambda y: CUDA if y == "cuda" or (isinstance(y, torch.device) and y.type == "cuda") else y
         return move(x, *map(place, args), **{name: place(value) for name, value in kwargs.items()})
 
     def tensor(values, *, device=None, **kwargs):
@@ -335,7 +342,8 @@ def pretended(monkeypatch):
         (torch, "tensor", tensor),
         (torch, "as_tensor", tensor),
         (torch, "save", lambda value, *rest, **kwargs: torch_save(tree_map(to_host, value), *rest, **kwargs)),
-        (PreTrainedModel, "save_pretrained", save_from_host),
+        (PreTrainedModel, "save_pretrained", from_host(PreTrainedModel.save_pretrained)),
+        (PeftModel, "save_pretrained", from_host(PeftModel.save_pretrained)),
         (Accelerator, "device", CUDA),
     ):
         monkeypatch.setattr(owner, name, stand_in)
