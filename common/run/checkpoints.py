@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from common.data.messages import TEMPLATE
 from common.model.load import Policy, load_policy, save_policy
 from common.model.processes import part_of
+from common.rewards.designs import request_for
 from common.run.files import checksum, one_line, sync, write
 
 
@@ -150,7 +151,8 @@ def newest_checkpoint(name: str) -> str:
 def settings_of(name: str) -> dict:
     """What a run, or a checkpoint's run, trained with; for any other model the standard template and a completion
     length of 2048, 72 for the built-in one."""
-    settings = {"max_completion_length": 72 if name == "tiny" else 2048, "prompt_template": TEMPLATE}
+    template = TEMPLATE.replace("{request}", request_for("accuracy", name == "tiny"))
+    settings = {"max_completion_length": 72 if name == "tiny" else 2048, "prompt_template": template}
     for folder in (Path(name), Path(name).parent.parent):
         if (folder / "args.json").is_file():
             return settings | json.loads((folder / "args.json").read_text())
