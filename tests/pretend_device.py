@@ -16,7 +16,6 @@ What it does not show: CUDA's kernels with their rounding, and what their worksp
 
 import contextlib
 import threading
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from weakref import finalize
 
@@ -48,7 +47,6 @@ class Device:
     def __init__(self):
         self.held, self.now, self.most, self.lock = {}, 0, 0, threading.RLock()
         self.reads = self.uploads = 0
-        self.operations = Counter()
         self.recording = None  # operations of the graph that is being recorded
         self.replays = 0
         self.rounded = {}  # autocast's copies of weights
@@ -104,26 +102,36 @@ def is_here(where: object) -> bool:
     return where is not None and torch.device(where).type in ("cuda", BACKEND)
 
 
+def each(change, value):
+    """`value` with `change` made to all that its tuples, lists and dicts hold."""
+    if isinstance(value, (tuple, list)):
+        return type(value)([each(change, x) for x in value])
+    if isinstance(value, dict):
+        return {name: each(change, x) for name, x in value.items()}
+    return change(value)
+
+
 def run(function, args, kwargs):
     """The operation on the CPU numbers, after a check that its tensors live together."""
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    ours = [x for x in tensors if isinstance(x, Pretend)]
-    strangers = [x for x in tensors if not isinstance(x, Pretend) and x.ndim > 0]
+    ours, strangers = [], []
+
+    def plain(x):
+        if isinstance(x, Pretend):
+            ours.append(x)
+            return x.numbers
+        if isinstance(x, torch.Tensor) and x.ndim:
+            strangers.append(x)
+        return torch.device("cpu") if isinstance(x, torch.device) and is_here(x) else x
+
+    flat, options = each(plain, tuple(args)), each(plain, kwargs)
     indices = function in TAKE_INDICES and isinstance(args[0], Pretend)
     if ours and strangers and function not in COPIES and not indices:
         raise RuntimeError(f"{function}: a CPU tensor {tuple(strangers[0].shape)} among tensors on {CUDA}")
-
-    def plain(x):
-        if isinstance(x, torch.device):
-            return torch.device("cpu") if is_here(x) else x
-        return x.numbers if isinstance(x, Pretend) else x
-
     asked = kwargs.get("device")
     here = bool(ours) if asked is None else is_here(asked)
     if function is aten.copy_.default:
         here = isinstance(args[0], Pretend)
-    count(function, args, ours, tensors, here)
-    flat, options = tree_map(plain, args), tree_map(plain, kwargs)
+    count(function, args, ours, strangers, here)
     if function is aten.bmm.dtype:  # which the CPU lacks
         function = bmm_in
     result = function(*flat, **options)
@@ -131,30 +139,33 @@ def run(function, args, kwargs):
         device.recording.append((function, flat, options, result))
     if function is aten.copy_.default:
         return args[0]
+    if not here:
+        return result
     known = {id(x.numbers): x for x in ours}  # operations in place return what they were given
 
     def wrap(x):
-        if not here or not isinstance(x, torch.Tensor) or isinstance(x, Pretend):
+        if not isinstance(x, torch.Tensor) or isinstance(x, Pretend):
             return x
-        return known[id(x)] if id(x) in known else Pretend(x)
+        return known.get(id(x)) if id(x) in known else Pretend(x)
 
-    return tree_map(wrap, result)
+    return each(wrap, result)
 
 
 def bmm_in(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.bmm(a.to(dtype), b.to(dtype))
 
 
-def count(function, args, ours, tensors, here) -> None:
+def count(function, args, ours, strangers, here) -> None:
     """Count waits of the host for the device, and copies to it."""
-    device.operations[str(function)] += bool(ours)
-    masks = [x for x in tree_leaves(args[1]) if isinstance(x, Pretend)] if function in TAKE_INDICES else []
-    if ours and (function in WAITS or any(x.dtype == torch.bool for x in masks)):
+    if function in COPIES:
+        device.uploads += bool(here and strangers)
+        waits = ours and not here
+    elif function in TAKE_INDICES:
+        waits = any(isinstance(x, Pretend) and x.dtype == torch.bool for x in args[1])
+    else:
+        waits = ours and function in WAITS
+    if waits:
         device.read(function)
-    elif function in COPIES and ours and not here:
-        device.read(function)
-    elif function in COPIES and here and not isinstance(args[-1 if function is aten.copy_.default else 0], Pretend):
-        device.uploads += any(x.ndim for x in tensors)
 
 
 class Mode(TorchDispatchMode):

@@ -130,12 +130,13 @@ def test_a_step_mixes_no_devices_and_seldom_waits(name, device, tmp_path, monkey
 
 def test_a_run_goes_on_where_it_stopped(device, tmp_path):
     """With all that a run does: preflight, evaluations, the page, checkpoints."""
-    flags = ["--test-examples", "2", "--eval-every", "2", "--eval-examples", "2", "--micro-batch-tokens", "500"]
-    whole = train("grpo", tmp_path / "whole", *flags, "--preflight", "--steps", "2", model="tiny")
+    flags = ["--micro-batch-tokens", "500"]
+    more = ["--preflight", "--test-examples", "2", "--eval-every", "2", "--eval-examples", "2"]
+    whole = train("grpo", tmp_path / "whole", *flags, *more, "--steps", "2", model="tiny")
     train("grpo", tmp_path / "parts", *flags, "--steps", "1", model="tiny")
     parts = train("grpo", tmp_path / "parts", *flags, "--steps", "2", "--resume", str(tmp_path / "parts"), model="tiny")
     measured = ("seconds", "tokens_per_second", "memory_gib", "cost/")
-    for one, other in zip(whole, parts, strict=True):
+    for one, other in zip(parts, whole, strict=True):
         assert {k: v for k, v in one.items() if not k.startswith(measured)}.items() <= other.items()
     weights, again = (
         load_file(tmp_path / name / "checkpoints" / "step-000002" / "model.safetensors") for name in ("whole", "parts")
