@@ -282,6 +282,8 @@ def test_a_plan_takes_what_is_fastest_and_fits():
     assert chosen("141 GB x 1", micro_batch_tokens=3000) == (False, 64, 3000)
     assert chosen("141 GB x 1", offload_optimizer=True)[0], "what is asked for is done"
     assert chosen("24 GB x 1", lora_rank=64)[0] is False
+    smaller = plan("Qwen/Qwen3-VL-2B", parse_machine("48 GB x 1"), WORK).work
+    assert smaller.offload_optimizer and smaller.slots == 64, "rather than 8 rows at a time"
 
 
 @pytest.mark.parametrize(
