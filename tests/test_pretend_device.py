@@ -144,6 +144,25 @@ def test_a_run_goes_on_where_it_stopped(device, tmp_path):
     assert all(torch.equal(again[name], weight) for name, weight in weights.items())
 
 
+EVALUATIONS = {
+    "__main__": {"corruptions": ("motion_blur",), "severities": (3,)},
+    "look": {"show": 1, "masks": 1},
+    "probes": {},
+}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluations_run_there_with_weights_in_bfloat16(name, device, tmp_path, monkeypatch):
+    module = importlib.import_module(f"common.evaluation.{name}")
+    loaded = []
+    monkeypatch.setattr(module, "load_policy", lambda *a, **k: loaded.append(load_policy(*a, **k)) or loaded[0])
+    out = tmp_path / ("result.json" if name == "__main__" else "result")
+    model = (small_folder("qwen3_vl"),)
+    args = module.Args(model=model, data="puzzles", limit=4, max_completion_length=6, out=str(out), **EVALUATIONS[name])
+    module.main(args)
+    assert out.exists() and loaded[0].model.dtype == torch.bfloat16 and loaded[0].device == CUDA
+
+
 @pytest.mark.parametrize("lora_rank", [0, 8])
 def test_the_plan_counts_what_a_run_holds(lora_rank, device, tmp_path, monkeypatch):
     """Weights, gradients, Adam's moments, pictures, and the larger of sampling and update: within a tenth above."""
