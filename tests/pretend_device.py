@@ -5,23 +5,23 @@
         device.most             # bytes that tensors held there at the peak
         device.reads            # waits for a result: .item(), .tolist(), bool(), masks as indices, copies to the CPU
 
-Tensors say that they are on `cuda:0`; to torch they are on a backend of its own (`PrivateUse1`), and their numbers are on
-the CPU. An operation that mixes them with CPU tensors is refused, as on a GPU, but for what CUDA allows too:
-numbers without dimensions, indices, copies. Autocast rounds to bfloat16 where CUDA's does, and keeps its copies of the
-weights as long. Fused attention keeps no scores. A graph is the list of operations that were seen while it was recorded,
-done again on the same memory when it is replayed; waiting for a result while recording is refused.
+Tensors say that they are on `cuda:0`; to torch they are on a backend of its own (`PrivateUse1`), and their numbers are
+on the CPU. An operation that mixes them with CPU tensors is refused, as on a GPU, but for what CUDA allows too: numbers
+without dimensions, indices, copies. Autocast rounds to bfloat16 where CUDA's does, and keeps its copies of the weights
+as long. Fused attention keeps no scores. A graph is the list of operations that were seen while it was recorded, done
+again on the same memory when it is replayed; waiting for a result while recording is refused.
 
 What it does not show: CUDA's kernels with their rounding, and what their workspaces and the allocator take; streams.
 """
 
 import contextlib
 import threading
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from weakref import finalize
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -47,7 +47,6 @@ class Device:
     def __init__(self):
         self.held, self.now, self.most, self.lock = {}, 0, 0, threading.RLock()
         self.reads = self.uploads = 0
-        self.operations = Counter()
         self.recording = None  # operations of the graph that is being recorded
         self.replays = 0
         self.rounded = {}  # autocast's copies of weights
@@ -103,26 +102,36 @@ def is_here(where: object) -> bool:
     return where is not None and torch.device(where).type in ("cuda", BACKEND)
 
 
+def each(change, value):
+    """`value` with `change` made to all that its tuples, lists and dicts hold."""
+    if isinstance(value, (tuple, list)):
+        return type(value)([each(change, x) for x in value])
+    if isinstance(value, dict):
+        return {name: each(change, x) for name, x in value.items()}
+    return change(value)
+
+
 def run(function, args, kwargs):
     """The operation on the CPU numbers, after a check that its tensors live together."""
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    ours = [x for x in tensors if isinstance(x, Pretend)]
-    strangers = [x for x in tensors if not isinstance(x, Pretend) and x.ndim > 0]
+    ours, strangers = [], []
+
+    def plain(x):
+        if isinstance(x, Pretend):
+            ours.append(x)
+            return x.numbers
+        if isinstance(x, torch.Tensor) and x.ndim:
+            strangers.append(x)
+        return torch.device("cpu") if isinstance(x, torch.device) and is_here(x) else x
+
+    flat, options = each(plain, tuple(args)), each(plain, kwargs)
     indices = function in TAKE_INDICES and isinstance(args[0], Pretend)
     if ours and strangers and function not in COPIES and not indices:
         raise RuntimeError(f"{function}: a CPU tensor {tuple(strangers[0].shape)} among tensors on {CUDA}")
-
-    def plain(x):
-        if isinstance(x, torch.device):
-            return torch.device("cpu") if is_here(x) else x
-        return x.numbers if isinstance(x, Pretend) else x
-
     asked = kwargs.get("device")
     here = bool(ours) if asked is None else is_here(asked)
     if function is aten.copy_.default:
         here = isinstance(args[0], Pretend)
-    count(function, args, ours, tensors, here)
-    flat, options = tree_map(plain, args), tree_map(plain, kwargs)
+    count(function, args, ours, strangers, here)
     if function is aten.bmm.dtype:  # which the CPU lacks
         function = bmm_in
     result = function(*flat, **options)
@@ -130,30 +139,33 @@ def run(function, args, kwargs):
         device.recording.append((function, flat, options, result))
     if function is aten.copy_.default:
         return args[0]
+    if not here:
+        return result
     known = {id(x.numbers): x for x in ours}  # operations in place return what they were given
 
     def wrap(x):
-        if not here or not isinstance(x, torch.Tensor) or isinstance(x, Pretend):
+        if not isinstance(x, torch.Tensor) or isinstance(x, Pretend):
             return x
-        return known[id(x)] if id(x) in known else Pretend(x)
+        return known.get(id(x)) if id(x) in known else Pretend(x)
 
-    return tree_map(wrap, result)
+    return each(wrap, result)
 
 
 def bmm_in(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.bmm(a.to(dtype), b.to(dtype))
 
 
-def count(function, args, ours, tensors, here) -> None:
+def count(function, args, ours, strangers, here) -> None:
     """Count waits of the host for the device, and copies to it."""
-    device.operations[str(function)] += bool(ours)
-    masks = [x for x in tree_leaves(args[1]) if isinstance(x, Pretend)] if function in TAKE_INDICES else []
-    if ours and (function in WAITS or any(x.dtype == torch.bool for x in masks)):
+    if function in COPIES:
+        device.uploads += bool(here and strangers)
+        waits = ours and not here
+    elif function in TAKE_INDICES:
+        waits = any(isinstance(x, Pretend) and x.dtype == torch.bool for x in args[1])
+    else:
+        waits = ours and function in WAITS
+    if waits:
         device.read(function)
-    elif function in COPIES and ours and not here:
-        device.read(function)
-    elif function in COPIES and here and not isinstance(args[-1 if function is aten.copy_.default else 0], Pretend):
-        device.uploads += any(x.ndim for x in tensors)
 
 
 class Mode(TorchDispatchMode):
@@ -279,13 +291,17 @@ def set_up() -> None:
     kept[1].fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     names = "empty_strided empty.memory_format as_strided copy_ view index.Tensor index_put_ fill_.Scalar".split()
     for name in names:
-        kept[0].impl(name, lambda *a, f=named(name), **k: run(f, a, k), "PrivateUse1")
+        kept[0].impl(name, below(named(name)), "PrivateUse1")
     kept[0].impl("scaled_dot_product_attention", attend, "AutogradPrivateUse1")
     for name in IN_BFLOAT16:
         kept[0].impl(name, under_autocast(named(name), torch.bfloat16), "AutocastPrivateUse1")
     for name in IN_FLOAT32:
         kept[0].impl(name, under_autocast(named(name), torch.float32), "AutocastPrivateUse1")
     set_up.library = kept
+
+
+def below(function):
+    return lambda *args, **kwargs: run(function, args, kwargs)
 
 
 def named(name: str):
@@ -299,18 +315,20 @@ def pretended(monkeypatch):
     if not hasattr(set_up, "library"):
         set_up()
     device.__init__()
-    save = PreTrainedModel.save_pretrained
 
     def to_host(x):
         return x.detach().numbers.clone() if isinstance(x, Pretend) else x
 
-    def save_from_host(self, folder, state_dict=None, **kwargs):
-        return save(self, folder, state_dict=tree_map(to_host, dict(state_dict or self.state_dict())), **kwargs)
+    def from_host(save):
+        def save_from_host(self, folder, state_dict=None, **kwargs):
+            return save(self, folder, state_dict=tree_map(to_host, dict(state_dict or self.state_dict())), **kwargs)
+
+        return save_from_host
 
     torch_save, torch_tensor, move = torch.save, torch.tensor, torch.Tensor.to
 
     def move_to_the_first(x, *args, **kwargs):  # torch would ask CUDA which device is the current one
-        place = lambda y: CUDA if y == "cuda" or isinstance(y, torch.device) and y.type == "cuda" else y
+        place = lambda y: CUDA if y == "cuda" or (isinstance(y, torch.device) and y.type == "cuda") else y
         return move(x, *map(place, args), **{name: place(value) for name, value in kwargs.items()})
 
     def tensor(values, *, device=None, **kwargs):
@@ -335,7 +353,8 @@ def pretended(monkeypatch):
         (torch, "tensor", tensor),
         (torch, "as_tensor", tensor),
         (torch, "save", lambda value, *rest, **kwargs: torch_save(tree_map(to_host, value), *rest, **kwargs)),
-        (PreTrainedModel, "save_pretrained", save_from_host),
+        (PreTrainedModel, "save_pretrained", from_host(PreTrainedModel.save_pretrained)),
+        (PeftModel, "save_pretrained", from_host(PeftModel.save_pretrained)),
         (Accelerator, "device", CUDA),
     ):
         monkeypatch.setattr(owner, name, stand_in)

@@ -21,12 +21,14 @@ from common.rewards.designs import (
     overlong_penalty,
     partial_credit,
     request_for,
+    reward_completions,
     section_scores,
     semantic_score,
     sentence_score,
     sentences,
     similarities,
 )
+from common.run.checkpoints import settings_of
 from tests.small_models import small_policy
 
 PAPERS = ("vanilla", "only_accuracy", "mixture", "continuous", "visual_fusion", "no_accuracy")
@@ -200,9 +202,19 @@ def test_swapping_golds_moves_the_answers_of_their_groups_only():
 def test_the_prompt_asks_for_what_is_paid(design):
     check_markers(design, "{question} {request}")
     assert request_for(design) in grpo.Args(model="some/hub-model", reward=design).prompt_template
-    assert request_for("accuracy") in grpo.Args(model="tiny", reward=design).prompt_template
+    assert request_for(design, tiny=True) in grpo.Args(model="tiny", reward=design).prompt_template
+    assert ("<" in request_for(design)) == (design != "accuracy"), "tags only where they are paid for"
     asked = [request_for(design).rfind(f"<{name}>") for name in ("image description", "think", "rethink", "answer")]
     assert [place for place in asked if place >= 0] == sorted(place for place in asked if place >= 0)
+
+
+def test_hub_models_are_asked_for_plain_words_and_a_box():
+    """What they can do from the start; and an evaluation asks the same as training."""
+    asked = grpo.Args(model="some/hub-model").prompt_template
+    assert asked == "{question}\n\nReason step by step, then give only the final answer in \\boxed{}."
+    assert settings_of("some/hub-model")["prompt_template"] == asked
+    example = SimpleNamespace(answer="7", kind="int", choices=None)
+    assert reward_completions("accuracy", ["3 + 4 = 7, so \\boxed{7}."], [example]).rewards == [1.0]
 
 
 def test_a_template_without_a_paid_marker_is_refused():

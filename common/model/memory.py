@@ -181,8 +181,8 @@ class Work:
     """of a prompt"""
     views: int = 1
     """forwards of a prompt and its completions that one update holds: more where a loss compares several pictures"""
-    pictures: int = 1
-    """pictures of a prompt that a step holds"""
+    pictures: int = 2
+    """pictures of a prompt that are held: those of a step, and of the next, which is prepared meanwhile"""
     prompt_a_row: bool = False
     """whether each completion is sampled behind a picture of its own"""
     lora_rank: int = 0
@@ -231,7 +231,7 @@ def held(shape: Shape, work: Work, processes: int) -> dict[str, float]:
             kept["gradients, Adam"] += shape.parameters * 2  # whole and in bfloat16, before they are averaged
     if work.reference and not work.lora_rank:
         kept["reference"] = shape.parameters * 2
-    kept["pictures"] = 2 * shape.pixels(work.prompts * work.pictures * work.image_tokens)
+    kept["pictures"] = shape.pixels(work.prompts * work.pictures * work.image_tokens)
     return kept
 
 

@@ -21,6 +21,7 @@ from common.model.memory import Shape, Work, find_shape, held, on_host, phases
 FREE_SHARE = 0.1
 FEWEST_TOKENS = 1024  # of a micro-batch
 FEWEST_SLOTS = 8  # below, the weights are read for too little
+ENOUGH_TOKENS, ENOUGH_SLOTS = 4096, 32  # below, a step loses more than an optimizer off the device takes
 
 
 @dataclass(frozen=True)
@@ -116,15 +117,20 @@ def lay_out(model: str, machine: Machine, work: Work, shape: Shape) -> Plan:
 def choose(model: str, machine: Machine, work: Work, shape: Shape | None = None) -> Plan | None:
     """The fastest settings that fit, within the bounds that `work` gives; None where none does.
 
-    Masters leave the device only where nothing else helps. Slots and micro-batches have their memory one after the
-    other, so that each is the largest that fits by itself.
+    Masters leave the device where micro-batches and slots would else be small. These two have their memory one after
+    the other, so that each is the largest that fits by itself.
     """
     shape = shape or find_shape(model)
     offloads = [False, True] if not work.offload_optimizer and not work.lora_rank else [work.offload_optimizer]
     tokens, slots = work.micro_batch_tokens, work.together
     budgets = [tokens // 2**n for n in range(20) if n == 0 or tokens // 2**n >= FEWEST_TOKENS]
     multiples = range((slots - 1) // FEWEST_SLOTS * FEWEST_SLOTS, 0, -FEWEST_SLOTS)
-    for given in itertools.product(offloads, budgets, [slots, *multiples]):
+    every = list(itertools.product(offloads, budgets, [slots, *multiples]))
+
+    def small(given: tuple) -> bool:
+        return given[1] < min(ENOUGH_TOKENS, tokens) or given[2] < min(ENOUGH_SLOTS, slots)
+
+    for given in sorted(every, key=small):  # in this order otherwise
         names = ("offload_optimizer", "micro_batch_tokens", "slots")
         tried = lay_out(model, machine, replace(work, **dict(zip(names, given, strict=True))), shape)
         if tried.fits:

@@ -24,6 +24,8 @@ from common.rewards.own import is_own, load_reward, own_rewards
 from common.rewards.reading import normalize, number
 
 REQUEST = "Think between <think> and </think>, then give only the final answer between <answer> and </answer>."
+# Instruct models of the families do this from the start, and write <think> hardly ever.
+PLAIN_REQUEST = "Reason step by step, then give only the final answer in \\boxed{}."
 # Weights of the sections, in the order in which they are to be written (2601.00215, table 6).
 DESIGNS = {
     "vanilla": {"think": 0.10, "answer": 0.90},
@@ -44,6 +46,9 @@ _STAGES = (
     "description><think></think><rethink></rethink><answer></answer>"
 )
 REQUESTS = {
+    "vanilla": REQUEST,
+    "semantic": REQUEST,
+    "only_accuracy": "Reason step by step, then give only the final answer between <answer> and </answer>.",
     "mixture": _STAGES,
     "continuous": _STAGES,
     "no_accuracy": _STAGES,
@@ -56,11 +61,12 @@ REQUESTS = {
 
 
 def request_for(design: str, tiny: bool = False) -> str:
-    """What {request} in a prompt template stands for; `accuracy` and the designs without further sections share one.
+    """What {request} in a prompt template stands for: reasoning in plain words and a boxed answer, or the markers that
+    a design pays for.
 
-    The built-in model has read no other in its life and answers others with nonsense, so it gets that one always.
+    The built-in model has read nothing but `REQUEST` in its life and answers others with nonsense: it gets that always.
     """
-    return REQUEST if tiny else REQUESTS.get(design, REQUEST)
+    return REQUEST if tiny else REQUESTS.get(design, PLAIN_REQUEST)
 
 
 def check_reward(design: str, example=None) -> None:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from common.data.messages import TEMPLATE
 from common.model.load import Policy, checkpoints_in, is_tiny, load_policy, save_policy
 from common.model.processes import part_of
+from common.rewards.designs import request_for
 from common.run.files import checksum, one_line, read_arguments, sync, write
 
 
@@ -137,7 +138,8 @@ def load_weights(policy: Policy, folder: Path, sharded: dict[str, torch.Tensor] 
 def settings_of(name: str) -> dict:
     """What a run, or a checkpoint's run, trained with; for any other model the standard template and a completion
     length of 2048, 72 for the built-in one and what was trained from it."""
-    settings = {"max_completion_length": 72 if is_tiny(name) else 2048, "prompt_template": TEMPLATE}
+    template = TEMPLATE.replace("{request}", request_for("accuracy", is_tiny(name)))
+    settings = {"max_completion_length": 72 if is_tiny(name) else 2048, "prompt_template": template}
     for folder in (Path(name), Path(name).parent.parent):
         if (folder / "args.json").is_file():
             return settings | read_arguments(f"--model {name}", folder)

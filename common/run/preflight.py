@@ -202,7 +202,8 @@ def answer_remarks(args, policy, examples, rollout: Rollout, say) -> Iterable[tu
     cut = int((~rollout.ended).sum())
     chance = chance_level(completions[::each], examples)
     elsewhere = "" if chance is None else f" (against answers of other rows {chance:.0%})"
-    say(f"  policy as it is: {right} of {count} answers right{elsewhere}, {read} understood, {cut} cut off")
+    form = f"{read} ({read / count:.0%}) in the form that is asked for"
+    say(f"  policy as it is: {right} of {count} answers right{elsewhere}, {form}, {cut} cut off")
     shown = "; ".join(f"{n} times …{end!r}" for end, n in Counter(endings_of(completions)).most_common(3))
     if not right:
         most = 3 / count  # 95 %: the rule of three

@@ -212,8 +212,9 @@ def plan_of(args: Settings, machine: Machine, splits: Sequence[Sequence] = ()) -
     """
     shape = find_shape(args.model)
     prompt, image_tokens = longest_prompt(splits, shape, args.max_pixels)
-    views, pictures, noisy = 1 + getattr(args, "num_views", 0), 1, getattr(args, "noise_images", False)
-    if hasattr(args, "mask_per"):  # one more of each prompt or row is made
+    views, noisy = 1 + getattr(args, "num_views", 0), getattr(args, "noise_images", False)
+    pictures = 2 * (1 + args.group_size if noisy else views)  # those of the next step too
+    if hasattr(args, "mask_per"):  # and one more of each prompt or row, made in the step
         pictures += args.group_size if args.mask_per == "row" else 1
     if noisy and args.update_image == "noisy":
         views = args.group_size
@@ -224,7 +225,7 @@ def plan_of(args: Settings, machine: Machine, splits: Sequence[Sequence] = ()) -
         prompt=prompt,
         image_tokens=image_tokens,
         views=views,
-        pictures=max(pictures, views, 1 + noisy * args.group_size),
+        pictures=pictures,
         prompt_a_row=noisy,
         lora_rank=args.lora_rank,
         reference=bool(args.kl_coef) and not args.lora_rank,
