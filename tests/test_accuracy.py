@@ -93,7 +93,7 @@ def test_newest_complete_checkpoint_of_a_run(tmp_path):
     newest = newest_checkpoint(str(tmp_path))
     known, usual = settings_of(newest), settings_of("tiny")
     assert newest.endswith("step-000002") and known["max_completion_length"] == 33
-    assert known["prompt_template"] == "{question}!" and "{request}" in usual["prompt_template"]
+    assert known["prompt_template"] == "{question}!" and "<answer>" in usual["prompt_template"]
     for step in (999_999, 1_000_000):
         (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir()
         (tmp_path / "checkpoints" / f"step-{step:06d}" / "complete").write_text("{}")
