@@ -1,6 +1,5 @@
 """The page of a run: whole, bounded, and safe to open whatever a model or a data set has written."""
 
-import doctest
 import json
 import math
 import re
@@ -10,8 +9,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from common.run import cost, doctor, progress
-from common.run import page as page_module
 from common.run.cost import cost_card
 from common.run.page import Args, charts, keep_pictures, main, page, smoothed, thinned, ticks, write_page
 from tests.small_models import picture
@@ -185,11 +182,6 @@ def test_curves_are_drawn_where_their_values_are():
     assert xs[1] - xs[0] == xs[2] - xs[1] > 0
     assert ys[0] - ys[1] == pytest.approx(2 * (ys[0] - ys[2])) and ys[1] < ys[0]
     assert f"<path class=mark d='M{xs[1]:.1f} " in drawn  # the remark stands at its step
-
-
-@pytest.mark.parametrize("module", [cost, doctor, page_module, progress])
-def test_the_examples_in_docstrings_hold(module):
-    assert doctest.testmod(module).failed == 0
 
 
 def test_thinned_and_smoothed_curves_keep_their_level():

@@ -40,7 +40,7 @@ def parse_machine(text: str) -> Machine:
     """A machine as it is written for `--plan`; its own memory may follow.
 
     >>> parse_machine("80 GB x 8"), parse_machine("24 GB x 1, 128 GB").host
-    (Machine(device=80000000000.0, count=8, host=0), 128000000000.0)
+    (Machine(device=80000000000.0, count=8, host=0.0), 128000000000.0)
     """
     found = re.fullmatch(r"\s*(\d+)\s*GB\s*(?:x\s*(\d+)\s*)?(?:,\s*(\d+)\s*GB\s*)?", text, re.IGNORECASE)
     if not found or not int(found[1]) or not int(found[2] or 1):
