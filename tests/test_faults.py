@@ -84,7 +84,9 @@ def start():
     def run(*arguments) -> int:
         process = context.Process(target=train, args=arguments)
         process.start()
-        process.join(300)
+        process.join(900)
+        process.kill()
+        process.join()
         return process.exitcode
 
     return run
