@@ -10,6 +10,7 @@ Masters and moments may also live off the device, in the machine's memory, where
 gradients in the precision of the arithmetic.
 """
 
+import os
 import time
 from datetime import timedelta
 
@@ -29,8 +30,9 @@ UNTIL_EXIT = []  # what must not be freed earlier
 def start_processes() -> Accelerator:
     """This process among those that the launcher started, or the only one."""
     # Others wait while the first one writes or checks a checkpoint: of a large model for more than NCCL's 10 minutes.
-    cuda = torch.cuda.is_available()
-    settings = InitProcessGroupKwargs(backend=BACKEND if cuda else "nccl", timeout=timedelta(hours=2))
+    cuda, several = torch.cuda.is_available(), "LOCAL_RANK" in os.environ
+    # accelerate takes a backend that is not its default for a group of processes, and asks the group of a single one.
+    settings = InitProcessGroupKwargs(backend=BACKEND if cuda and several else "nccl", timeout=timedelta(hours=2))
     return Accelerator(cpu=not cuda, kwargs_handlers=[settings])
 
 
@@ -61,8 +63,9 @@ def distribute(
     if accelerator.num_processes == 1:
         if not offload_optimizer:
             return scorer, trained
-        backend = BACKEND if accelerator.device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        if not torch.distributed.is_initialized():  # a launcher may have started a group of one
+            backend = BACKEND if accelerator.device.type == "cuda" else "gloo"
+            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     with scorer.policy.autocast():
         arithmetic = precision(every[0].new_empty(0, device=scorer.policy.device))  # masters may be elsewhere
     settings = dict(
