@@ -97,10 +97,10 @@ def test_sampling_is_recorded_as_graphs_that_say_the_same(slots, device, monkeyp
         assert (device.replays > replays) == record
     recorded, plain = found
     assert torch.equal(recorded.completion_ids.cpu(), plain.completion_ids.cpu())
-    assert torch.equal(recorded.old_logprobs.cpu(), plain.old_logprobs.cpu())
+    assert torch.equal(recorded.logprobs.cpu(), plain.logprobs.cpu())
     with torch.no_grad():
         logprobs = Scorer(policy)(prompts, plain.completion_ids, plain.completion_mask).logprobs
-    apart = (logprobs - plain.old_logprobs).abs()[plain.completion_mask].mean()
+    apart = (logprobs - plain.logprobs).abs()[plain.completion_mask].mean()
     assert 0 < float(apart) < 0.01, "rounding, and no more"
 
 
