@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from weakref import finalize
 
 import torch
-from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import PeftModel
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -355,13 +355,13 @@ def pretended(monkeypatch):
         (torch, "save", lambda value, *rest, **kwargs: torch_save(tree_map(to_host, value), *rest, **kwargs)),
         (PreTrainedModel, "save_pretrained", from_host(PreTrainedModel.save_pretrained)),
         (PeftModel, "save_pretrained", from_host(PeftModel.save_pretrained)),
-        (Accelerator, "device", CUDA),
     ):
         monkeypatch.setattr(owner, name, stand_in)
     monkeypatch.setattr("common.data.prompts.ThreadPoolExecutor", Threads)
-    monkeypatch.setattr("common.run.folder.start_processes", lambda: Accelerator(cpu=True))
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the tests before, which were on the CPU
     try:
         with Mode():
             yield device
     finally:
         device.rounded.clear()
+        AcceleratorState._reset_state(reset_partial_state=True)

@@ -30,6 +30,7 @@ READS_A_STEP = 260
 def device(monkeypatch):
     with pretended(monkeypatch) as there:
         monkeypatch.setattr(folder, "this_machine", lambda accelerator: Machine(4e9))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # which peft would ask about the model
         yield there
 
 
