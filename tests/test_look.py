@@ -197,7 +197,7 @@ def test_one_model_at_a_time_stands_in_memory(tmp_path, monkeypatch):
     [
         ({"limit": 0}, "--limit 0: must be at least 1"),
         ({"seed": -1}, "--seed -1: must be at least 0"),
-        ({"out": "/proc/look"}, "--out /proc/look: cannot be made"),
+        ({"out": "/proc/look"}, "--out /proc/look: cannot be written"),
         ({"mask_prob": 0.0}, "--mask-prob 0.0: must be above 0"),
         ({"model": ("runs/nothere",)}, "--model runs/nothere: no such run folder"),
     ],
