@@ -60,6 +60,9 @@ def sections(script: str) -> list[str]:
             ):
                 name = f"In the loop: {title[1]}"
             found[n] = name
+    for n, line in reversed(list(enumerate(text.splitlines()[:-1]))):
+        if not line:  # belongs to what it stands before
+            found[n] = found[n + 1]
     return found
 
 
