@@ -11,8 +11,9 @@ from common.evaluation.study import Args, main
 
 
 def test_a_small_study(tmp_path, capsys):
+    short = "--steps 1 --test-examples 4 --no-preflight"
     args = Args(
-        methods=("grpo: grpo.py --steps 1", "dapo: grpo.py --steps 1 --filter-groups reward"),
+        methods=(f"grpo: grpo.py {short}", f"dapo: grpo.py {short} --filter-groups reward"),
         out=str(tmp_path), seeds=(3,), corruptions=("fog",), severities=(5,), limit=4, look=3,
     )  # fmt: skip
     main(args)
@@ -30,7 +31,7 @@ def test_a_small_study(tmp_path, capsys):
         "nothing trained again"
     )
     assert capsys.readouterr().out == text
-    with pytest.raises(SystemExit, match=r"dapo-seed3.command says it was `grpo.py --steps 1 --filter-groups reward`"):
+    with pytest.raises(SystemExit, match=rf"dapo-seed3.command says it was `grpo.py {short} --filter-groups reward`"):
         main(replace(args, methods=("dapo: grpo.py --steps 2",)))
     main(replace(args, limit=5, look=0))  # the same runs on more examples
     assert "test: 5 examples, seeds 3" in capsys.readouterr().out
