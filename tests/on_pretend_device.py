@@ -2,12 +2,10 @@
 
 import importlib
 import json
-import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 
 from common.data.examples import load_examples
 from common.data.messages import build_messages
@@ -19,7 +17,7 @@ from common.model.scoring import Scorer
 from common.run import folder
 from common.run.settings import parse, plan_of
 from tests.pretend_device import CUDA, pretended
-from tests.small_models import small_folder
+from tests.small_models import larger_folder, small_folder
 
 STEPS_OF_NOTHING = "--test-examples 0 --eval-every 0 --robust-examples 0 --no-preflight".split()
 SMALL = "--data puzzles --steps 1 --prompts-per-step 2 --group-size 4 --max-completion-length 8".split()
@@ -167,7 +165,7 @@ def test_evaluations_run_there_with_weights_in_bfloat16(name, device, tmp_path, 
 @pytest.mark.parametrize("lora_rank", [0, 8])
 def test_the_plan_counts_what_a_run_holds(lora_rank, device, tmp_path, monkeypatch):
     """Weights, gradients, Adam's moments, pictures, and the larger of sampling and update: within a tenth above."""
-    model = larger_folder(tmp_path / "model")
+    model = larger_folder()
     for module in ("memory", "scoring"):
         monkeypatch.setattr(f"common.model.{module}.LOGIT_BUDGET", 2**16)
     monkeypatch.setattr("common.run.settings.longest_prompt", lambda *args: (200, 64))  # of a puzzle
@@ -178,15 +176,3 @@ def test_the_plan_counts_what_a_run_holds(lora_rank, device, tmp_path, monkeypat
     train("grpo", tmp_path / "run", *flags, model=model)
     computed = sum(plans[0].kept.values()) + max(plans[0].phases["sampling"], plans[0].phases["update"])
     assert 0.5 * computed < device.most < 1.1 * computed, (device.most, plans[0].kept, plans[0].phases)
-
-
-def larger_folder(folder) -> str:
-    """A model large enough that its weights outweigh the rest of a run."""
-    shutil.copytree(small_folder("qwen3_vl"), folder)
-    config = AutoConfig.from_pretrained(folder)
-    text, vision = config.text_config, config.vision_config
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.num_attention_heads = 128, 384, 6, 8
-    text.num_key_value_heads, text.head_dim = 4, 16
-    vision.hidden_size, vision.intermediate_size, vision.out_hidden_size = 64, 128, 128
-    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
-    return str(folder)

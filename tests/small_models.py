@@ -1,5 +1,6 @@
 """Small random models of the three families, in real Hugging Face folders, for tests."""
 
+import shutil
 import weakref
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     GenerationConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
@@ -95,6 +97,20 @@ def small_folder(family: str) -> str:
         patch_size=8, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 128 * 128}
     ).save_pretrained(folder)
     return str(folder)
+
+
+@cache
+def larger_folder() -> str:
+    """A Qwen3-VL large enough that what a run holds outweighs the rest."""
+    folder = mkdtemp()
+    shutil.copytree(small_folder("qwen3_vl"), folder, dirs_exist_ok=True)
+    config = AutoConfig.from_pretrained(folder)
+    text, vision = config.text_config, config.vision_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.num_attention_heads = 128, 384, 6, 8
+    text.num_key_value_heads, text.head_dim = 4, 16
+    vision.hidden_size, vision.intermediate_size, vision.out_hidden_size = 64, 128, 128
+    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
+    return folder
 
 
 def small_policy(family: str = "qwen3_vl", **kwargs) -> Policy:

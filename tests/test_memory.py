@@ -1,6 +1,5 @@
 """What is held in memory, and for how long: traced on small models on the CPU, where it is the same as on a GPU."""
 
-import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 from weakref import ref
@@ -8,7 +7,6 @@ from weakref import ref
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 
 import grpo
 import noisy_grpo
@@ -24,7 +22,7 @@ from common.model.scoring import Scorer, forward_completions, forward_prompts, t
 from common.run import folder
 from common.run.settings import longest_prompt, memory_advice, plan_of
 from tests.peak_bytes import PeakBytes
-from tests.small_models import FAMILIES, picture, small_folder, small_policy, small_prompts
+from tests.small_models import FAMILIES, larger_folder, picture, small_folder, small_policy, small_prompts
 
 GROUP, TOKENS = 8, 7
 
@@ -366,20 +364,6 @@ def test_on_a_gpu_a_run_chooses_says_and_keeps_what_fits(tmp_path, monkeypatch, 
         start("24 GB x 1", out=str(tmp_path / "small"))
 
 
-@pytest.fixture(scope="module")
-def larger_folder(tmp_path_factory):
-    """A model large enough that its activations outweigh the rest."""
-    folder = tmp_path_factory.mktemp("larger")
-    shutil.copytree(small_folder("qwen3_vl"), folder, dirs_exist_ok=True)
-    config = AutoConfig.from_pretrained(folder)
-    text, vision = config.text_config, config.vision_config
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.num_attention_heads = 128, 384, 6, 8
-    text.num_key_value_heads, text.head_dim = 4, 16
-    vision.hidden_size, vision.intermediate_size, vision.out_hidden_size = 64, 128, 128
-    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
-    return str(folder)
-
-
 def as_on_a_gpu(monkeypatch):
     """bfloat16 arithmetic, fused norms and attention that keeps no scores, on the CPU."""
 
@@ -397,10 +381,10 @@ def as_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("lora_rank", [0, 8])
-def test_the_plan_counts_what_is_really_allocated(lora_rank, larger_folder, monkeypatch):
+def test_the_plan_counts_what_is_really_allocated(lora_rank, monkeypatch):
     """Within a tenth above, which is what a plan leaves free."""
     as_on_a_gpu(monkeypatch)
-    policy = load_policy(larger_folder, lora_rank=lora_rank)
+    policy = load_policy(larger_folder(), lora_rank=lora_rank)
     in_bfloat16(policy, monkeypatch)
     policy.end_token_ids = [-1]
     message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
