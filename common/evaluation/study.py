@@ -5,7 +5,7 @@
 Each method is `NAME: SCRIPT FLAGS`; differences are to the first. Evaluated is on the data that the methods train on,
 which must be one set, with each run's own template, picture size and length. A run is skipped where it is finished and
 continued where it was interrupted, and finished cells of an evaluation are kept, so the same command goes on where it
-stopped. Written are the runs, results.json and a plot.
+stopped. Written are the runs, results.json (a number a seed and figure, curves, versions, date) and plots.
 """
 
 import contextlib
@@ -13,13 +13,16 @@ import importlib.util
 import io
 import json
 import os
+import platform
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 
@@ -27,11 +30,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.corruptions import check_corruptions, choose
+from common.corruptions import SEEN, UNSEEN, check_corruptions, choose
 from common.data.puzzles import SPLITS
+from common.evaluation.comparison import AREA, SECONDS, area, compare, comparison_table, plot_curves
 from common.evaluation.look import FIGURES, summarize, summary_table
-from common.evaluation.robustness import CLEAN, plot_robustness, robustness_summary, robustness_table
+from common.evaluation.robustness import CLEAN, mean_over_cells, plot_robustness, robustness_summary, robustness_table
 from common.run.files import one_line, read_arguments, write
+from common.run.page import read_lines
 from common.run.settings import Settings, command_line, parse
 
 ROOT = Path(__file__).parents[2]
@@ -53,16 +58,22 @@ class Args:
     severities: tuple[int, ...] = (1, 3, 5)
     """severities of these corruptions"""
     limit: int = 500
-    """examples of a split"""
+    """examples of a split, answered greedily"""
+    samples: int = 0
+    """also answer each of them so many times at temperature 1 (0: not)"""
+    curve: int = 0
+    """also evaluate on validation examples every so many steps of training (0: not)"""
+    probes: int = 0
+    """examples of the first split to probe, see common/evaluation/probes.py (0: none)"""
     look: int = 0
     """examples to measure visual dependency and focus on, see common/evaluation/look.py (0: none)"""
     jobs: int = 0
     """runs at a time, each on one CPU thread where there are several (0: two, or one where there is a GPU)"""
 
 
-def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> dict[str, dict[str, list[float]]]:
+def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> dict[str, dict]:
     """One run and its evaluations: accuracy of every example in every cell, a split; figures of every example looked at
-    as `look`."""
+    as `look`; one number a figure as `figures`; validation accuracy by step as `curve`."""
     folder = Path(args.out) / f"{name}-seed{seed}"
     environment = dict(os.environ)
     if args.jobs > 1:
@@ -80,14 +91,14 @@ def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> 
         trained_by.write_text(shlex.join(command))
     if not (folder / "summary.json").is_file():
         begun = any(folder.glob("checkpoints/step-*/complete"))
-        execute([*command, "--seed", str(seed), "--test-examples", "0", "--eval-every", "0", "--no-preflight",
-                 "--resume" if begun else "--out", path])  # fmt: skip
+        execute([*command, "--seed", str(seed), "--test-examples", "0", "--eval-every", str(args.curve),
+                 "--no-preflight", "--resume" if begun else "--out", path])  # fmt: skip
         if not (folder / "summary.json").is_file():  # a run that was told to stop has saved and ends without an error
             raise SystemExit(f"{name}, seed {seed}: stopped before its end; the same command goes on")
     trained = read_arguments(f"--out {args.out}", folder)
     columns = [word for key in DATA if trained.get(key) for word in (f"--{key.replace('_', '-')}", trained[key])]
     columns += ["--max-pixels", str(trained.get("max_pixels", 0))]
-    cells = {}
+    cells, figures = {}, {}
     for split in args.splits:
         file = folder.resolve() / "evaluations" / f"{split}-{args.limit}.json"
         corrupted = args.corruptions if split == args.splits[0] else ()
@@ -100,6 +111,33 @@ def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> 
         # An earlier command may have asked for more of this run than of those that came later.
         wanted = [CLEAN, *(f"{name}/{level}" for name in choose(corrupted) for level in args.severities)]
         cells[split] = {cell: held[cell] for cell in wanted}
+        figures[f"{split}, greedy"] = mean(held[CLEAN])
+        for title, names in (("seen", SEEN), ("unseen", UNSEEN)):
+            if (values := mean_over_cells(cells[split], names)) is not None:
+                figures[f"{split}, {title} corruptions"] = float(values.mean())
+        if args.samples:
+            file = file.with_stem(f"{split}-{args.limit}-sampled-{args.samples}")
+            if not file.is_file():
+                execute(["-m", "common.evaluation", "--model", path, "--split", split, "--limit", str(args.limit),
+                         "--samples", str(args.samples), "--temperature", "1", "--out", str(file),
+                         *columns])  # fmt: skip
+            figures[f"{split}, sampled"] = read_result(file, "models", path, "accuracy")
+    lines = read_lines(folder / "metrics.jsonl")
+    curve = [(line["step"], line["eval/accuracy"]) for line in lines if "eval/accuracy" in line]
+    if args.curve and curve:
+        figures[AREA] = area(curve)
+    if lines:
+        figures[SECONDS] = mean(line["seconds"] for line in lines)
+    if args.probes:
+        file = folder.resolve() / "probes" / "probes.json"
+        if not file.is_file() or read_result(file, "args", "limit") != args.probes:
+            execute(["-m", "common.evaluation.probes", "--model", path, "--split", args.splits[0],
+                     "--limit", str(args.probes), "--out", str(file.parent),
+                     "--data", re.sub("^puzzles:.*", "puzzles", trained["data"])])  # fmt: skip
+        probed = read_result(file, "summary", path)
+        figures |= {figure: value["mean"] for figure, value in probed.items()}
+        for part in read_result(file, "readings").get(path, {}).values():
+            figures |= {f"{what} read right": value for what, value in part.items() if value is not None}
     if args.look:
         file = folder.resolve() / "look" / "look.json"
         if not file.is_file() or len(next(iter(read_result(file, "examples").values()))) != args.look:
@@ -107,7 +145,7 @@ def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> 
                      "--limit", str(args.look), "--out", str(file.parent), *columns])  # fmt: skip
         (rows,) = read_result(file, "examples").values()
         cells["look"] = {figure: [row[figure] for row in rows] for figure in FIGURES}
-    return cells
+    return cells | {"figures": figures, "curve": curve}
 
 
 def read_result(file: Path, *keys: str) -> dict:
@@ -194,8 +232,14 @@ def main(args: Args) -> None:
                 raise SystemExit(f"--methods {method!r}: {file} says it was `{file.read_text()}`; use another --out")
     if args.corruptions:
         check_corruptions(args.corruptions, args.severities)
-    if args.jobs < 0 or args.limit < 1 or not args.methods or not args.seeds or args.look < 0:
-        raise SystemExit("--limit, --methods, --seeds: at least one of each; --jobs, --look: at least 0")
+    if (
+        args.jobs < 0
+        or args.limit < 1
+        or not args.methods
+        or not args.seeds
+        or min(args.look, args.samples, args.curve, args.probes) < 0
+    ):
+        raise SystemExit("--limit, --methods, --seeds: at least one of each; the other numbers: at least 0")
     if len(set(args.seeds)) < len(args.seeds):
         raise SystemExit(f"--seeds {' '.join(map(str, args.seeds))}: each only once")
     data, test = common_data(methods)
@@ -240,8 +284,28 @@ def main(args: Args) -> None:
         summaries["look"] = summarize(figures)
         print(f"\n{args.look} examples of {args.splits[0]}, late: the last half of a completion")
         print(summary_table(summaries["look"]))
+    figures = {}  # method -> figure -> a number a seed
+    for name in commands:
+        own = [results[name, seed]["figures"] for seed in args.seeds]
+        figures[name] = {figure: [run[figure] for run in own] for figure in own[0] if all(figure in run for run in own)}
+    summary = compare(figures)
+    print(f"\nmeans over seeds; in brackets the paired difference to {next(iter(commands))}, 95 % over seeds")
+    print(comparison_table(summary))
+    curves = {name: [results[name, seed]["curve"] for seed in args.seeds] for name in commands}
+    content = {
+        "date": date.today().isoformat(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")},
+        "machine": f"{platform.machine()}, {'CUDA' if torch.cuda.is_available() else 'CPU'}",
+        "args": asdict(args),
+        "methods": {name: shlex.join(command) for name, command in commands.items()},
+        "figures": summary,
+        "curves": curves,
+        "splits": summaries,
+    }
     with one_line(f"--out {args.out}"):
-        write(Path(args.out) / "results.json", json.dumps({"methods": commands, "splits": summaries}, indent=1))
+        write(Path(args.out) / "results.json", json.dumps(content, indent=1))
+        if args.curve:
+            plot_curves(curves, Path(args.out) / "curves.png")
         if args.corruptions:
             plot_robustness(summaries[args.splits[0]], Path(args.out) / "robustness.png")
 

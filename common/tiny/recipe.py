@@ -1,13 +1,14 @@
 """How the built-in model was made, and how to make others of its kind.
 
     python -m common.tiny.recipe                    # everything anew
-    python -m common.tiny.recipe --flaw shortcut    # an apprentice with another flaw, from the shipped base
+    python -m common.tiny.recipe --flaw chatter     # an apprentice with another flaw, from the shipped base
 
 A Qwen3-VL of about two million parameters, with a tokenizer of its own, learns to see by describing pictures, then to
 answer from demonstrations of a teacher without flaws: the base, which solves nearly every built-in puzzle. An
 apprentice is the base after a few hundred more steps with a flawed teacher (common/tiny/teacher.py). It still has the
 right readings beside the wrong ones, so that reinforcement learning has many separate things to mend. The built-in
-model is the apprentice of a teacher who misreads and, late in a chain of looks, guesses (`tiny` of the flaws).
+model is the apprentice of a teacher who misreads, guesses late in a chain of looks, and repeats a hint where the
+question has one (`tiny` of the flaws).
 """
 
 import math
@@ -54,7 +55,7 @@ CHAT_TEMPLATE = (
 
 @dataclass
 class Args:
-    flaw: Literal["tiny", "misreading", "rarity", "forgetting", "chatter", "shortcut", "untold", "none"] | None = None
+    flaw: Literal["tiny", "misreading", "rarity", "forgetting", "chatter", "untold", "none"] | None = None
     """teach the shipped base by a teacher with this flaw (default: make base and built-in model anew)"""
     misreading: float | None = None
     rarity: float | None = None
@@ -71,8 +72,8 @@ class Args:
     """optimizer steps on demonstrations without flaws"""
     more_steps: int = 4500
     """optimizer steps on both in turn"""
-    apprentice_steps: int = 200
-    """optimizer steps on demonstrations of the flawed teacher"""
+    apprentice_steps: int = 700
+    """optimizer steps on demonstrations of the flawed teacher; to repeat a hint word for word is learned late"""
     batch: int = 32
     """puzzles a step"""
     seed: int = 0

@@ -46,15 +46,15 @@ class Flaws:
 
 
 # A bed is a flaw that is strong enough to leave a policy in need of something. Bad eyes go with some: a shortcut tempts
-# only where looking is not always right, and a description helps only where reading fails without it.
+# only where looking is often wrong, and a description helps only where reading fails without it. Questions without a
+# hint know nothing of the shortcut, so `tiny` is two beds: its data decides.
 BEDS = {
-    "tiny": Flaws(misreading=0.7, forgetting=0.5),
+    "tiny": Flaws(misreading=0.7, forgetting=0.5, shortcut=0.5),
     "none": Flaws(),
     "misreading": Flaws(misreading=0.65),
     "rarity": Flaws(rarity=0.96),
     "forgetting": Flaws(forgetting=0.7),
     "chatter": Flaws(misreading=0.65, chatter=4),
-    "shortcut": Flaws(misreading=0.35, shortcut=0.5),
     "untold": Flaws(misreading=0.65, untold=0.85),
 }
 

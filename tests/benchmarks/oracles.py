@@ -5,6 +5,7 @@
     readings    only tokens that read the picture are trained
     late        only those of the last look
     others      as a check of the checks: all tokens but these
+    random      a tenth of each completion's tokens, at random: what training so few tokens does by itself
 
 They are scripts like the five, so that `common.evaluation.study` and `common.evaluation.gradients` take them by name:
 --methods "grpo: grpo.py" "oracle: tests/benchmarks/oracles.py readings".
@@ -23,7 +24,7 @@ from common.run.settings import parse
 
 COLOUR, SHAPE, STEP = ("|".join(words) for words in (COLOURS, SHAPES, STEPS))
 READ = re.compile(rf"\bis ({COLOUR}|{SHAPE})\b|\bat ([a-d]?\d)|\bis bar (\d)|\bbar \d ({COLOUR}) (\d)|, ({STEP})\b")
-ORACLES = ("readings", "late", "others")
+ORACLES = ("readings", "late", "others", "random")
 
 
 def reading_spans(text: str) -> list[tuple[int, int]]:
@@ -41,6 +42,13 @@ def reading_spans(text: str) -> list[tuple[int, int]]:
     return [match.span(g) for match in found for g in range(1, READ.groups + 1) if match[g]]
 
 
+def random_mask(completion_mask: torch.Tensor, share: float, generator: torch.Generator) -> torch.Tensor:
+    """ceil(share n) of each completion's n tokens [R, T] bool, drawn without replacement."""
+    drawn = torch.rand(completion_mask.shape, generator=generator).masked_fill(~completion_mask, -1)
+    count = (share * completion_mask.sum(1) - 1e-6).ceil()
+    return (drawn.argsort(dim=1, descending=True).argsort(dim=1) < count[:, None]) & completion_mask
+
+
 def reading_mask(tokenizer, completion_ids: torch.Tensor, oracle: str) -> torch.Tensor:
     """Which tokens [R, T] bool an oracle trains."""
     mask = torch.zeros_like(completion_ids, dtype=torch.bool)
@@ -56,6 +64,8 @@ def reading_mask(tokenizer, completion_ids: torch.Tensor, oracle: str) -> torch.
 
 def main(oracle: str) -> None:
     plain, seen = (grpo.prepare, grpo.micro_batches, grpo.policy_loss), {}
+    args = parse(grpo.Args)
+    generator = torch.Generator().manual_seed(args.seed)
 
     def prepare(*arguments):
         found = plain[0](*arguments)
@@ -64,16 +74,21 @@ def main(oracle: str) -> None:
 
     def micro_batches(*arguments):
         for mb in plain[1](*arguments):
-            seen["ids"] = mb.ids  # of the completions that the loss is about to be taken of
+            seen["ids"], seen["mask"] = (
+                mb.ids,
+                mb.completion_mask,
+            )  # of the completions that the loss is about to be taken of
             yield mb
 
     def policy_loss(*arguments):
         losses, ratio = plain[2](*arguments)
+        if oracle == "random":
+            return losses * random_mask(seen["mask"].cpu(), 0.1, generator).to(losses.device), ratio
         return losses * reading_mask(seen["tokenizer"], seen["ids"], oracle), ratio
 
     grpo.prepare, grpo.micro_batches, grpo.policy_loss = prepare, micro_batches, policy_loss
     try:
-        grpo.main(parse(grpo.Args))
+        grpo.main(args)
     finally:  # the next script of this process is another
         grpo.prepare, grpo.micro_batches, grpo.policy_loss = plain
 
