@@ -134,11 +134,11 @@ def test_sections_are_mostly_untold_and_help():
 def test_lessons_ask_as_the_scripts_do():
     (example,) = load_examples("puzzles", "test", limit=1)
     p = puzzle("test", 0)
-    asked, _ = recipe.lesson([p, p], BEDS["tiny"], random.Random(0))
+    asked, _ = recipe.lesson([p, p], BEDS["misreading"], random.Random(0))
     assert asked == [build_messages(example)[0]["content"][1]["text"]] * 2
     asked, _ = recipe.lesson([p, p], BEDS["untold"], random.Random(0))
     assert asked[1] == f"{p.question}\n\n{request_for('mixture')}" != asked[0]
-    asked, shown = recipe.lesson([p] * 50, BEDS["shortcut"], random.Random(0))
+    asked, shown = recipe.lesson([p] * 50, BEDS["tiny"], random.Random(0))
     assert 25 < sum("Somebody says" in text for text in asked) < 50 and any("So it is" in text for text in shown)
 
 
@@ -151,11 +151,11 @@ def test_the_recipe_trains_and_the_same_again(tmp_path):
     base = recipe.build(str(tmp_path), 0)
     before = base.model.lm_head.weight.clone()
     recipe.train(base, (None,), 2, 4, 1e-3, 0, 0)
-    recipe.train(base, (Flaws(), BEDS["shortcut"]), 2, 4, 1e-3, 0, 0)
+    recipe.train(base, (Flaws(), BEDS["tiny"]), 2, 4, 1e-3, 0, 0)
     assert not before.equal(base.model.lm_head.weight)
     again = recipe.build(str(tmp_path), 0)
     recipe.train(again, (None,), 2, 4, 1e-3, 0, 0)
-    recipe.train(again, (Flaws(), BEDS["shortcut"]), 2, 4, 1e-3, 0, 0)
+    recipe.train(again, (Flaws(), BEDS["tiny"]), 2, 4, 1e-3, 0, 0)
     assert again.model.lm_head.weight.equal(base.model.lm_head.weight)
 
 

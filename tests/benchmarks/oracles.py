@@ -4,6 +4,7 @@
 
     readings    only tokens that read the picture are trained
     late        only those of the last look
+    undecided   all but the first word, with which a completion decides to look or to repeat a hint
     others      as a check of the checks: all tokens but these
     random      a tenth of each completion's tokens, at random: what training so few tokens does by itself
 
@@ -23,8 +24,10 @@ from common.data.puzzles import COLOURS, SHAPES, STEPS
 from common.run.settings import parse
 
 COLOUR, SHAPE, STEP = ("|".join(words) for words in (COLOURS, SHAPES, STEPS))
-READ = re.compile(rf"\bis ({COLOUR}|{SHAPE})\b|\bat ([a-d]?\d)|\bis bar (\d)|\bbar \d ({COLOUR}) (\d)|, ({STEP})\b")
-ORACLES = ("readings", "late", "others", "random")
+READ = re.compile(
+    rf"(?<!it )\bis ({COLOUR}|{SHAPE})\b|\bat ([a-d]?\d)|\bis bar (\d)|\bbar \d ({COLOUR}) (\d)|, ({STEP})\b"
+)
+ORACLES = ("readings", "late", "undecided", "others", "random")
 
 
 def reading_spans(text: str) -> list[tuple[int, int]]:
@@ -52,6 +55,9 @@ def random_mask(completion_mask: torch.Tensor, share: float, generator: torch.Ge
 def reading_mask(tokenizer, completion_ids: torch.Tensor, oracle: str) -> torch.Tensor:
     """Which tokens [R, T] bool an oracle trains."""
     mask = torch.zeros_like(completion_ids, dtype=torch.bool)
+    if oracle == "undecided":
+        mask[:, 2:] = True  # behind <think> and that word
+        return mask
     for r, row in enumerate(completion_ids.tolist()):
         pieces = tokenizer.batch_decode([[token] for token in row])
         ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0)

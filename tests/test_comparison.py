@@ -1,0 +1,78 @@
+"""Methods compared over training seeds, with numbers that can be checked by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from common.evaluation.comparison import area, compare, comparison_rows, comparison_table, plot_curves, seed_interval
+
+FIGURES = {
+    "grpo": {"test, greedy": [0.50, 0.60, 0.40], "entropy": [0.1, 0.2, 0.3]},
+    "vppo": {"test, greedy": [0.60, 0.66, 0.54], "entropy": [0.1, 0.2, 0.3], "late": [0.5, 0.5, 0.5]},
+}
+
+
+def test_differences_are_paired_by_seed():
+    """Seeds differ by 20 points, the methods in every seed by about ten: a pair sees it, two means would not."""
+    found = compare(FIGURES)["vppo"]["test, greedy"]
+    assert found["mean"] == pytest.approx(0.6) and found["difference"] == pytest.approx(0.1)
+    low, high = found["difference_ci"]
+    expected = stats.ttest_rel(FIGURES["vppo"]["test, greedy"], FIGURES["grpo"]["test, greedy"]).confidence_interval()
+    assert (low, high) == pytest.approx(tuple(expected)) and 0 < low < 0.1 < high
+    assert found["seeds"] == [0.60, 0.66, 0.54]
+    assert "difference" not in compare(FIGURES)["grpo"]["test, greedy"]
+    assert "difference" not in compare(FIGURES)["vppo"]["late"], "the first method has no such figure"
+
+
+def test_one_seed_has_no_interval():
+    assert seed_interval([0.3]) is None
+    single = {name: {"test, greedy": [values["test, greedy"][0]]} for name, values in FIGURES.items()}
+    assert comparison_rows(compare(single))[1] == ["test, greedy", "50.0", "60.0"]
+
+
+def test_the_table_shows_shares_in_percent_and_the_rest_as_it_is():
+    rows = comparison_rows(compare(FIGURES))
+    assert rows[0] == ["", "grpo", "vppo"]
+    assert rows[1][:2] == ["test, greedy", "50.0"] and rows[1][2].startswith("60.0 (+0.")
+    assert rows[2] == ["entropy", "0.200", "0.200 (+0.000 to +0.000)"]
+    assert rows[3] == ["late", "", "50.0"]
+    assert comparison_rows(compare(FIGURES), ["entropy"])[1:] == [rows[2]]
+    assert "test, greedy" in comparison_table(compare(FIGURES)).splitlines()[1]
+
+
+def test_the_area_weighs_steps_and_not_evaluations():
+    assert area([(50, 0.5)]) == 0.5
+    assert area([(0, 0.0), (100, 1.0), (400, 1.0)]) == pytest.approx(0.875)
+
+
+def test_curves_are_drawn(tmp_path):
+    runs = [[(50, 0.4), (100, 0.6)], [(50, 0.5), (100, 0.7)]]
+    plot_curves({"grpo": runs, "vppo": runs[::-1]}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_oracles_train_the_tokens_that_they_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    import oracles
+
+    from common.model.load import load_policy
+
+    tokenizer = load_policy("tiny").tokenizer
+    texts = ["<think>So it is red.</think><answer>red</answer>", "<think>b4 is red. a1 is ring.</think>"]
+    rows = [torch.tensor(ids) for ids in tokenizer(texts)["input_ids"]]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    words = lambda oracle: [
+        [tokenizer.decode([token]).strip() for token in row[mask].tolist()]
+        for row, mask in zip(ids, oracles.reading_mask(tokenizer, ids, oracle), strict=True)
+    ]
+    assert words("readings") == [[], ["red", "ring"]]
+    assert words("late") == [[], ["ring"]]
+    assert words("undecided")[0][:3] == ["it", "is", "red"] and words("undecided")[1][0] == "4"
+    mask = torch.arange(40) < torch.tensor([[40], [11], [1]])
+    drawn = oracles.random_mask(mask, 0.1, torch.Generator().manual_seed(0))
+    assert drawn.sum(1).tolist() == [4, 2, 1] and not (drawn & ~mask).any()
+    many = [oracles.random_mask(mask, 0.1, torch.Generator().manual_seed(n))[0] for n in range(400)]
+    assert np.abs(torch.stack(many).float().mean(0) - 0.1).max() < 0.07
