@@ -1,0 +1,153 @@
+"""`python -m tests.results_page` writes the results in README.md and docs/ and their plots from docs/studies/*.json, the
+files that the commands named there have written. Nothing in these tables is typed by hand."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from common.evaluation.comparison import AREA, SECONDS, plot_curves, scale_of
+
+ROOT = Path(__file__).parents[1]
+MISLED, UNHINTED, HINTED = "accuracy, misleading hint", "accuracy, real picture", "accuracy, right hint"
+REPEATED = "misleading hint repeated"
+SHORTCUT = {"hint misleads": MISLED, "no hint": UNHINTED, "hint right": HINTED, "misleading hint repeated": REPEATED}
+DEFAULT = {
+    "greedy": "test, greedy",
+    "sampled": "test, sampled",
+    "area under the curve": AREA,
+    "other picture, accuracy lost": "reliance on other, accuracy",
+    "last look right": "last read right",
+    "entropy": "entropy",
+    "seconds a step": SECONDS,
+}
+FIRST = ("before", "GRPO", "VPPO as published", "VGPO", "ROMA", "NoisyGRPO", "oracle undecided")
+SCRIPTS = {"grpo": "GRPO", "roma": "ROMA", "vppo": "VPPO", "vgpo": "VGPO", "noisy_grpo": "NoisyGRPO"}
+
+
+def study(name: str) -> dict:
+    return json.loads((ROOT / f"docs/studies/{name}.json").read_text())
+
+
+def number(figure: str, value: float, sign: bool = False) -> str:
+    scale, digits = scale_of(figure)
+    return f"{scale * value:{'+' if sign else ''}.{min(digits, 2)}f}".replace("-", "−")
+
+
+def markdown(lines: list[list[str]]) -> str:
+    head, *rows = lines
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def span(figure: str, cell: dict) -> str:
+    """Difference to the first method, with its interval where there are seeds enough."""
+    if "difference" not in cell:
+        return ""
+    text = number(figure, cell["difference"], True)
+    if cell["difference_ci"]:
+        text += f" ({' to '.join(number(figure, x, True) for x in cell['difference_ci'])})"
+    return text
+
+
+def methods_table(name: str, columns: dict[str, str], main: str, only: tuple[str, ...] = ()) -> str:
+    """A line a method: means over seeds, and the paired difference to the first method in figure `main`."""
+    figures = study(name)["figures"]
+    against = f"{next(title for title, f in columns.items() if f == main)}, against {next(iter(figures))}"
+    lines = [["", *columns, against]]
+    for method, own in figures.items():
+        if not only or method in only:
+            cells = [number(f, own[f]["mean"]) if f in own else "" for f in columns.values()]
+            lines.append([method, *cells, span(main, own[main])])
+    return markdown(lines)
+
+
+def provenance(name: str) -> str:
+    """What made a study: seeds, versions, date, and the commands of its methods."""
+    s = study(name)
+    versions = ", ".join(f"{key} {value}" for key, value in s["versions"].items())
+    commands = "\n".join(f"    {method}: {command}" for method, command in s["methods"].items())
+    seeds = ", ".join(map(str, s["args"]["seeds"]))
+    return f"Seeds {seeds}; {versions}; {s['date']}; [raw](studies/{name}.json).\n\n{commands}"
+
+
+def gradients_rows(name: str) -> str:
+    lines = [["", "cosine with the truth", "noise", "direction", "gain of a step (points)"]]
+    for method, f in json.loads((ROOT / f"docs/studies/{name}.json").read_text())["summary"].items():
+        cosine = "{:.3f} ({:.3f} to {:.3f})".format(f["cosine"], *f["cosine_ci"]) if "cosine" in f else ""
+        direction = f"{f['direction']:.2f}" if f.get("direction") is not None else ""
+        gain = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in (f["gain"], *f["gain_ci"]))) if "gain" in f else ""
+        lines.append([method, cosine, f"{f['noise']:.3f}", direction, gain])
+    return markdown(lines).replace("-0", "−0").replace("-1", "−1").replace("-2", "−2")
+
+
+BLOCKS = {
+    "default": lambda: methods_table("default", DEFAULT, "test, sampled"),
+    "default-made-by": lambda: provenance("default"),
+    "shortcut": lambda: methods_table("shortcut_75", SHORTCUT, MISLED),
+    "shortcut-short": lambda: methods_table("shortcut_75", SHORTCUT, MISLED, FIRST),
+    "shortcut-made-by": lambda: provenance("shortcut_75"),
+    "shortcut-40": lambda: methods_table("shortcut_40", SHORTCUT, MISLED),
+    "shortcut-40-made-by": lambda: provenance("shortcut_40"),
+    "gradients": lambda: gradients_rows("gradients"),
+}
+
+
+def filled(text: str) -> str:
+    """A page with the blocks that its comments name."""
+    return re.sub(
+        r"(<!-- results ([\w-]+) -->\n)(?:.*?\n)?(<!-- end -->)",
+        lambda m: f"{m[1]}\n{BLOCKS[m[2]]()}\n\n{m[3]}",
+        text,
+        flags=re.S,
+    )
+
+
+def readme(text: str) -> str:
+    """README.md with its blocks and, in the table of methods, each one's effect."""
+    figures, lines = study("default")["figures"], text.split("\n")
+    for script, method in SCRIPTS.items():
+        (n,) = (n for n, line in enumerate(lines) if line.startswith(f"| `{script}.py` |"))
+        cells = lines[n].split(" | ")
+        own = figures[method]["test, sampled"]
+        cells[5] = number("", own["mean"]) + " %" if method == "GRPO" else span("", own)
+        lines[n] = " | ".join(cells)
+    return filled("\n".join(lines))
+
+
+def plot_onset(path: Path) -> None:
+    """Accuracy with a right, a misleading and no hint by training step, a panel a method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    runs = study("onset")["runs"]
+    figure, axes = plt.subplots(1, len(runs), figsize=(4.6 * len(runs), 3.6), sharey=True, layout="constrained")
+    for axis, (method, by_step) in zip(np.atleast_1d(axes), runs.items(), strict=True):
+        steps = sorted(map(int, by_step))
+        for title, name, style in (
+            ("right hint", HINTED, "--"),
+            ("no hint", UNHINTED, "-"),
+            ("misleading hint", MISLED, "-"),
+            ("misleading hint repeated", REPEATED, ":"),
+        ):
+            values = [100 * by_step[str(step)][name] for step in steps]
+            axis.plot(steps, values, style, label=title, linewidth=1.8)
+        rewards = np.array(study("onset")["reward"][method])
+        smooth = np.convolve(rewards, np.ones(10) / 10, "valid")
+        axis.plot(np.arange(len(smooth)) + 10, 100 * smooth, color="0.6", label="training reward", linewidth=1)
+        axis.set(title=method, xlabel="optimizer steps", ylim=(0, 102))
+        axis.grid(alpha=0.3)
+    np.atleast_1d(axes)[0].set_ylabel("%")
+    np.atleast_1d(axes)[0].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    for path in (ROOT / "docs").glob("*.md"):
+        path.write_text(filled(path.read_text()))
+    (ROOT / "README.md").write_text(readme((ROOT / "README.md").read_text()))
+    plot_curves(study("default")["curves"], ROOT / "assets/study_default.png")
+    plot_onset(ROOT / "assets/shortcut_onset.png")
