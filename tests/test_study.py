@@ -69,16 +69,17 @@ def test_a_run_is_evaluated_on_its_own_data(tmp_path, monkeypatch, capsys):
             run = Path(command[command.index("--out") + 1])
             (run / "evaluations").mkdir(parents=True)
             (run / "summary.json").write_text("{}")
-            (run / "args.json").write_text(json.dumps({"data": "shapes.jsonl", "kind": "int", "max_pixels": 4096}))
+            trained = {"data": "shapes.jsonl", "kind": "int", "max_pixels": 4096, "max_prompt_length": 300}
+            (run / "args.json").write_text(json.dumps(trained))
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr("subprocess.run", evaluated)
-    flags = "--data shapes.jsonl --kind int --test-split exam --max-pixels 4096"
+    flags = "--data shapes.jsonl --kind int --test-split exam --max-pixels 4096 --max-prompt-length 300"
     main(Args(methods=(f"grpo: grpo.py {flags}",), out=str(tmp_path), seeds=(1,)))
     (command,) = seen
     assert command[command.index("--split") + 1] == "exam"
     words = " ".join(command)
-    assert "--data shapes.jsonl --kind int --max-pixels 4096" in words
+    assert "--data shapes.jsonl --kind int --max-pixels 4096 --max-prompt-length 300" in words
     assert "exam: 2 examples, seeds 1" in capsys.readouterr().out
 
 
@@ -104,6 +105,10 @@ def test_a_run_is_evaluated_on_its_own_data(tmp_path, monkeypatch, capsys):
             "different data .a on puzzles test; b on x.jsonl test",
         ),
         ({"methods": ("a: grpo.py", "b: grpo.py --kind int")}, "a study compares on one set"),
+        (
+            {"methods": ("a: grpo.py", "b: grpo.py --max-prompt-length 300")},
+            "a on puzzles test; b on puzzles test --max-prompt-length 300",
+        ),
         ({"seeds": (1, 2, 1)}, "--seeds 1 2 1: each only once"),
         ({"splits": ("test", "exam")}, "--splits exam: choose among train, validation, test, shifted"),
         ({"methods": ("a/b: grpo.py",)}, "the name 'a/b' must be letters, digits"),

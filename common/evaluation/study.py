@@ -3,7 +3,7 @@
     python -m common.evaluation.study --methods "grpo: grpo.py" "roma: roma.py" --corruptions seen --out studies/roma
 
 Each method is `NAME: SCRIPT FLAGS`; differences are to the first. Evaluated is on the data that the methods train on,
-which must be one set, with each run's own template, picture size and length. A run is skipped where it is finished and
+which must be one set, with each run's own template, picture size and lengths. A run is skipped where it is finished and
 continued where it was interrupted, and finished cells of an evaluation are kept, so the same command goes on where it
 stopped. Written are the runs, results.json and a plot.
 """
@@ -86,7 +86,8 @@ def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> 
             raise SystemExit(f"{name}, seed {seed}: stopped before its end; the same command goes on")
     trained = read_arguments(f"--out {args.out}", folder)
     columns = [word for key in DATA if trained.get(key) for word in (f"--{key.replace('_', '-')}", trained[key])]
-    columns += ["--max-pixels", str(trained.get("max_pixels", 0))]
+    for key in ("max_pixels", "max_prompt_length"):
+        columns += [f"--{key.replace('_', '-')}", str(trained.get(key, 0))]
     cells = {}
     for split in args.splits:
         file = folder.resolve() / "evaluations" / f"{split}-{args.limit}.json"
@@ -155,20 +156,22 @@ def common_data(methods: dict[str, Settings | None]) -> tuple[str, str]:
     """The one set that all methods train on, and their test split.
 
     Raises:
-        SystemExit: they train on several, so that nothing they could be compared on would be every method's own.
+        SystemExit: they train on several, or leave out other prompts of one, so that nothing they could be compared on
+            would be every method's own.
     """
     sets = {}
     for name, settings in methods.items():
         if settings is not None:
             key = tuple(getattr(settings, flag) for flag in (*DATA, "test_split"))
-            sets.setdefault(key, []).append(name)
+            bound = f"--max-prompt-length {settings.max_prompt_length}" if settings.max_prompt_length else ""
+            sets.setdefault((*key, bound), []).append(name)
     if len(sets) > 1:
         texts = [f"{names[0]} on " + " ".join(map(str, filter(None, key))) for key, names in sets.items()]
         raise SystemExit(f"--methods: they train on different data ({'; '.join(texts)}); a study compares on one set")
-    (key,) = sets or [("puzzles", "test")]
+    (key,) = sets or [("puzzles", "test", "")]
     if "," in key[0]:
         raise SystemExit(f"--methods: they train on several sets ({key[0]}); a study compares on one set")
-    return key[0], key[-1]
+    return key[0], key[-2]
 
 
 def main(args: Args) -> None:
@@ -228,6 +231,11 @@ def main(args: Args) -> None:
         for name in commands:
             runs = [results[name, seed][split] for seed in args.seeds]
             models[name] = {cell: [run[cell] for run in runs] for cell in runs[0]}
+        counts = {name: len(cells[CLEAN][0]) for name, cells in models.items()}
+        if len(set(counts.values())) > 1:  # of models whose tokens are not the same
+            raise SystemExit(
+                f"{split}: --max-prompt-length leaves examples by method {counts}: nothing to compare in pairs"
+            )
         summaries[split] = robustness_summary(models)
         count, seeds = len(models[name][CLEAN][0]), ", ".join(map(str, args.seeds))
         print(f"\n{split}: {count} examples, seeds {seeds}, mean over seeds")
