@@ -1,4 +1,4 @@
-"""`python -m tests.results_page` writes the results in README.md and docs/ and their plots from docs/studies/*.json, the
+"""`python -m tests.results_page` writes the results in README.md and docs/, and their plots, from docs/studies/*.json:
 files that the commands named there have written. Nothing in these tables is typed by hand."""
 
 import json
@@ -52,8 +52,8 @@ def span(figure: str, cell: dict) -> str:
 
 def methods_table(name: str, columns: dict[str, str], main: str, only: tuple[str, ...] = ()) -> str:
     """A line a method: means over seeds, and the paired difference to the first method in figure `main`."""
-    figures = study(name)["figures"]
-    against = f"{next(title for title, f in columns.items() if f == main)}, against {next(iter(figures))}"
+    figures, first = study(name)["figures"], next(iter(study(name)["methods"]))
+    against = f"{next(title for title, f in columns.items() if f == main)}, against {first}"
     lines = [["", *columns, against]]
     for method, own in figures.items():
         if not only or method in only:
@@ -76,7 +76,9 @@ def gradients_rows(name: str) -> str:
     for method, f in json.loads((ROOT / f"docs/studies/{name}.json").read_text())["summary"].items():
         cosine = "{:.3f} ({:.3f} to {:.3f})".format(f["cosine"], *f["cosine_ci"]) if "cosine" in f else ""
         direction = f"{f['direction']:.2f}" if f.get("direction") is not None else ""
-        gain = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in (f["gain"], *f["gain_ci"]))) if "gain" in f else ""
+        gain = (
+            "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in (f["gain"], *f["gain_ci"]))) if "gain" in f else ""
+        )
         lines.append([method, cosine, f"{f['noise']:.3f}", direction, gain])
     return markdown(lines).replace("-0", "−0").replace("-1", "−1").replace("-2", "−2")
 

@@ -10,6 +10,7 @@ import torch
 
 from common.evaluation import gradients
 from common.evaluation.gradients import Sums, figures
+from common.model.load import load_policy
 
 FLAGS = ["--prompts-per-step", "4", "--group-size", "4", "--max-completion-length", "48"]
 
@@ -82,6 +83,36 @@ def test_the_command_compares_methods_with_the_truth(tmp_path, capsys):
     assert set(held["summary"]["grpo"]) == {"cosine", "noise", "direction", "cosine_ci", "gain", "gain_ci"}
     assert (tmp_path / "gradients" / "gradients.png").is_file()
     assert re.search(r"readings +-?\d\.\d{3} \(", capsys.readouterr().out)
+
+
+def test_a_run_is_looked_at_with_its_newest_weights_and_its_flags(tmp_path, monkeypatch):
+    """What the gain is measured on is what the scripts were given, of the model, the data and the prompt."""
+    import grpo
+
+    run = tmp_path / "run"
+    flags = {"eval_every": 0, "test_examples": 0, "prompts_per_step": 1, "group_size": 2, "max_completion_length": 4}
+    grpo.main(grpo.Args(steps=1, seed=3, preflight=False, out=str(run), **flags))
+    seen = []
+
+    def looked(policy, examples, **options):
+        seen.append((policy.model.name_or_path, examples[0].kind, options["template"], options["max_new_tokens"]))
+        return {"rows": [{"correct": [1.0]} for _ in range(len(examples))]}
+
+    monkeypatch.setattr(gradients, "evaluate", looked)
+    (tmp_path / "rows.jsonl").write_text('{"question": "How many?", "answer": "3"}\n' * 4)
+    args = gradients.Args(
+        methods=("grpo: grpo.py",), model=str(run), data=str(tmp_path / "rows.jsonl"), steps=2, truth_steps=2,
+        truth_group_size=2, flags="--kind int --prompt-template {question}! --prompts-per-step 1 --group-size 2",
+        max_completion_length=4, limit=2, out=str(tmp_path / "gradients"),
+    )  # fmt: skip
+    monkeypatch.setattr(gradients, "gradients_of", fake_gradients)
+    gradients.main(args)
+    assert set(seen) == {(str(run / "checkpoints" / "step-000001"), "int", "{question}!", 4)} and len(seen) == 3
+
+
+def fake_gradients(command, steps, log, truth=None):
+    size = sum(p.numel() for p in load_policy("tiny").model.parameters())
+    return sums_of(np.random.default_rng(0).standard_normal((2, size)), truth)
 
 
 @pytest.mark.parametrize(

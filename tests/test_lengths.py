@@ -7,6 +7,8 @@ import pytest
 from common.data.examples import load_examples
 from common.data.lengths import leave_out_long, prompt_length
 from common.data.messages import TEMPLATE, build_messages
+from common.evaluation import __main__ as evaluation
+from common.evaluation import look
 from common.model.load import encode_prompts, load_policy
 from tests.small_models import picture
 
@@ -66,3 +68,23 @@ def test_puzzles_are_short(policy):
     puzzles = load_examples("puzzles")
     assert leave_out_long(puzzles, policy, TEMPLATE, 0, 72) is puzzles
     assert leave_out_long([], policy, TEMPLATE, 0, 72) == [], "no evaluation, no examples"
+
+
+def test_evaluations_leave_them_out_where_asked_to(policy, tmp_path, capsys):
+    """By the tokens of the first model, so that all models answer the same examples."""
+    path = write(tmp_path, SHORT, LONG, LARGE)
+    asked = {"data": path, "max_completion_length": 2, "prompt_template": TEMPLATE}
+    asked |= {"max_prompt_length": prompt_length(policy, load_examples(path)[0], TEMPLATE)}
+    out = tmp_path / "r.json"
+    result = evaluation.main(evaluation.Args(**asked, out=str(out)))
+    assert [row["id"] for row in result["tiny"]["rows"]] == ["0"]
+    assert "2 of 3 prompts have more than" in capsys.readouterr().out
+    looked = look.main(look.Args(**asked, out=str(tmp_path / "look")))
+    assert looked and "1 examples; late" in capsys.readouterr().out
+
+    held = json.loads(out.read_text())
+    del held["args"]["max_prompt_length"]  # as before there was such a flag, when none were left out
+    out.write_text(json.dumps(held))
+    with pytest.raises(SystemExit, match="--max-prompt-length was 0 there and is"):
+        evaluation.main(evaluation.Args(**asked, out=str(out)))
+    evaluation.main(evaluation.Args(**asked | {"max_prompt_length": 0}, limit=1, out=str(out)))

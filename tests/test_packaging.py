@@ -1,7 +1,9 @@
 """What an installation holds is what the folder holds."""
 
+import ast
+import sys
 import tomllib
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 
 import pytest
 from packaging.requirements import Requirement
@@ -31,6 +33,22 @@ def test_tested_versions_are_within_the_ranges(name):
     for requirement in map(Requirement, lines(name)):
         assert requirement.specifier.contains(tested[requirement.name.lower()]), requirement
         assert version(requirement.name) in requirement.specifier, requirement
+
+
+def test_what_is_imported_is_required():
+    """What only comes along with a requirement can be gone with that requirement's next version."""
+    required = {Requirement(line).name.lower() for line in lines("requirements.txt")}
+    required |= {"sentence-transformers"}  # of one reward, which says so
+    known, imported = packages_distributions(), set()
+    for path in (*ROOT.glob("*.py"), *(ROOT / "common").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            imported |= {name.split(".")[0] for name in names}
+    foreign = imported - set(sys.stdlib_module_names) - {"common", "grpo", "noisy_grpo", "roma", "vgpo", "vppo"}
+    for name in foreign:
+        distributions = {distribution.lower().replace("_", "-") for distribution in known.get(name, [name])}
+        assert distributions & required, f"{name} is imported, and requirements.txt does not have it"
 
 
 def test_the_workflow_calls_the_same_command():

@@ -397,6 +397,9 @@ def test_another_runs_folder_is_refused(tmp_path):
     new_run(tmp_path / "annealed", anneal=True)
     with pytest.raises(SystemExit, match="--steps was 10 there and is 20 now"):  # levels would jump
         new_run(tmp_path / "annealed", resume=str(tmp_path / "annealed"), steps=20, anneal=True)
+    (tmp_path / "annealed" / "metrics.jsonl").write_text('{"step": 0, "reward": 0.5}\n')
+    with pytest.raises(SystemExit, match="its metrics count steps from 0"):  # lines would be kept of steps done again
+        new_run(tmp_path / "annealed", resume=str(tmp_path / "annealed"), anneal=True)
     (tmp_path / "run" / "checkpoints" / "step-000007").mkdir()
     with pytest.raises(SystemExit, match=r"--steps 6: .*run has done 7 already"):
         new_run(tmp_path / "run", resume=str(tmp_path / "run"), steps=6)

@@ -15,6 +15,7 @@ def test_a_small_study(tmp_path, capsys):
     args = Args(
         methods=(f"grpo: grpo.py {short}", f"dapo: grpo.py {short} --filter-groups reward"),
         out=str(tmp_path), seeds=(3,), corruptions=("fog",), severities=(5,), limit=4, look=3,
+        samples=2, curve=1, probes=3,
     )  # fmt: skip
     main(args)
     text = capsys.readouterr().out
@@ -25,6 +26,15 @@ def test_a_small_study(tmp_path, capsys):
     assert "3 examples of test, late: the last half of a completion" in text
     assert results["splits"]["look"]["dapo"]["late focus"]["difference_ci"]
     assert set(results["splits"]["shifted"]["grpo"]) == {"clean", "cells"}
+    figures = results["figures"]
+    assert set(figures) == {"before", "grpo", "dapo"} and results["versions"]["torch"] and results["date"]
+    assert figures["grpo"]["test, sampled"]["seeds"] == [pytest.approx(figures["grpo"]["test, sampled"]["mean"])]
+    assert (
+        figures["dapo"]["test, greedy"]["difference"] == 0 and figures["dapo"]["test, greedy"]["difference_ci"] is None
+    )
+    assert {"test, unseen corruptions", "accuracy, misleading hint", "purple read right"} < set(figures["dapo"])
+    assert "area under the validation curve" not in figures["before"], "which has no steps"
+    assert [step for step, _ in results["curves"]["grpo"][0]] == [1] and (tmp_path / "curves.png").is_file()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     main(args)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}, (
@@ -69,16 +79,17 @@ def test_a_run_is_evaluated_on_its_own_data(tmp_path, monkeypatch, capsys):
             run = Path(command[command.index("--out") + 1])
             (run / "evaluations").mkdir(parents=True)
             (run / "summary.json").write_text("{}")
-            (run / "args.json").write_text(json.dumps({"data": "shapes.jsonl", "kind": "int", "max_pixels": 4096}))
+            trained = {"data": "shapes.jsonl", "kind": "int", "max_pixels": 4096, "max_prompt_length": 300}
+            (run / "args.json").write_text(json.dumps(trained))
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr("subprocess.run", evaluated)
-    flags = "--data shapes.jsonl --kind int --test-split exam --max-pixels 4096"
+    flags = "--data shapes.jsonl --kind int --test-split exam --max-pixels 4096 --max-prompt-length 300"
     main(Args(methods=(f"grpo: grpo.py {flags}",), out=str(tmp_path), seeds=(1,)))
     (command,) = seen
     assert command[command.index("--split") + 1] == "exam"
     words = " ".join(command)
-    assert "--data shapes.jsonl --kind int --max-pixels 4096" in words
+    assert "--data shapes.jsonl --kind int --max-pixels 4096 --max-prompt-length 300" in words
     assert "exam: 2 examples, seeds 1" in capsys.readouterr().out
 
 
@@ -104,6 +115,10 @@ def test_a_run_is_evaluated_on_its_own_data(tmp_path, monkeypatch, capsys):
             "different data .a on puzzles test; b on x.jsonl test",
         ),
         ({"methods": ("a: grpo.py", "b: grpo.py --kind int")}, "a study compares on one set"),
+        (
+            {"methods": ("a: grpo.py", "b: grpo.py --max-prompt-length 300")},
+            "a on puzzles test; b on puzzles test --max-prompt-length 300",
+        ),
         ({"seeds": (1, 2, 1)}, "--seeds 1 2 1: each only once"),
         ({"splits": ("test", "exam")}, "--splits exam: choose among train, validation, test, shifted"),
         ({"methods": ("a/b: grpo.py",)}, "the name 'a/b' must be letters, digits"),

@@ -21,7 +21,7 @@ from common.corruptions import check_corruptions, choose
 from common.data.examples import load_examples
 from common.data.messages import check_template
 from common.data.sets import SOURCES, special_scores
-from common.evaluation.accuracy import aligned, evaluate, table
+from common.evaluation.accuracy import aligned, evaluate, fitting_examples, table
 from common.evaluation.robustness import (
     CLEAN,
     plot_robustness,
@@ -54,6 +54,8 @@ class Args:
     """0: greedy"""
     max_completion_length: Natural = 0
     """longest completion in tokens (default: 72 for the built-in model and its runs, else 2048)"""
+    max_prompt_length: Natural = 0
+    """longest prompt in tokens, of the first model; examples with longer ones are left out (0: none)"""
     prompt_template: str = ""
     """what the model reads (default: what the run trained with, else the standard one)"""
     image_column: str = ""
@@ -144,8 +146,8 @@ def evaluate_on(args: Args) -> tuple[dict[str, dict], dict[str, dict]]:
     names = ("image_column", "question_column", "answer_column", "kind", "image_root")
     columns = {name: getattr(args, name) for name in names}
     limit = (500 if args.data.split(":")[0] == "puzzles" else 0) if args.limit is None else args.limit
-    examples = load_examples(args.data, args.split, limit=limit or None, **columns)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    examples = fitting_examples(args, load_examples(args.data, args.split, limit=limit or None, **columns), device)
     # Settings that change what a cell holds; the models and the cells asked for may differ from what a file has.
     settings = asdict(args) | dict.fromkeys(("model", "corruptions", "severities", "out", "batch_prompts"))
     held = known_results(args.out, settings | {"limit": len(examples)}, marks)
@@ -245,8 +247,10 @@ def known_results(out: str, settings: dict, marks: dict[str, dict]) -> dict:
     if not held:
         return {"args": settings, "models": {}}
     for key, value in json.loads(json.dumps(settings)).items():
-        before = held["args"].get(key)
-        if before != value and key != "limit":  # of which the file's examples tell more than what was asked for
+        before = held["args"].get(key, getattr(Args, key))  # a file from before there was such a flag
+        if (
+            value is not None and before != value and key != "limit"
+        ):  # of which the file's examples tell more than what was asked for
             flag = "--" + key.replace("_", "-")
             raise SystemExit(f"--out {out}: {flag} was {before!r} there and is {value!r} now; name another file")
     try:

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 
 from common.corruptions import corrupt
 from common.data.examples import Example
+from common.data.lengths import leave_out_long
 from common.data.messages import TEMPLATE, build_messages
-from common.model.load import Policy, encode_prompts
+from common.model.load import Policy, encode_prompts, load_policy, newest_checkpoint
 from common.model.sampling import decode, sample, uniform_numbers
 from common.rewards.answers import score
+from common.run.checkpoints import settings_of
 from common.run.progress import Progress, counted
 
 
@@ -86,6 +88,17 @@ def evaluate(
         rows = gather_object(rows)
     rows.sort(key=lambda row: row["number"])
     return summarize(rows)
+
+
+def fitting_examples(args, examples: Sequence[Example], device: str) -> Sequence[Example]:
+    """The examples without those whose prompts have more than `args.max_prompt_length` tokens (0: all of them): of the
+    first of `args.model`, so that every model answers the same."""
+    if not args.max_prompt_length:
+        return examples
+    name = args.model[0]
+    policy = load_policy(newest_checkpoint(name), device=device, trainable=False, max_pixels=args.max_pixels)
+    template = args.prompt_template or settings_of(name)["prompt_template"]
+    return leave_out_long(examples, policy, template, args.max_prompt_length, 0)
 
 
 def at_most(completions: int, max_new_tokens: int) -> str:

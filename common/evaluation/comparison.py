@@ -60,17 +60,16 @@ def scale_of(name: str) -> tuple[float, int]:
 
 
 def comparison_rows(summary: dict[str, dict[str, dict]], names: Sequence[str] = ()) -> list[list[str]]:
-    """Cells of a table, a line a figure, a column a method: means, and behind the first method differences to it with
-    their intervals; of `names`, or all."""
-    first = next(iter(summary))
+    """Cells of a table, a line a figure, a column a method: means, and differences with their intervals where there
+    are some; of `names`, or all."""
     rows = [["", *summary]]
     for name in names or dict.fromkeys(n for figures in summary.values() for n in figures):
         scale, digits = scale_of(name)
         row = [name]
-        for method, figures in summary.items():
+        for figures in summary.values():
             f = figures.get(name)
             text = "" if f is None else f"{scale * f['mean']:.{digits}f}"
-            if f is not None and method != first and f.get("difference_ci"):
+            if f is not None and f.get("difference_ci"):
                 low, high = (scale * x for x in f["difference_ci"])
                 text += f" ({low:+.{digits}f} to {high:+.{digits}f})"
             row.append(text)

@@ -31,15 +31,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from common.data.examples import load_examples
 from common.evaluation.accuracy import aligned, evaluate
 from common.evaluation.robustness import bootstrap
+from common.evaluation.study import DATA, settings_of_method
 from common.model.load import load_policy
-from common.run.files import write
-from common.run.settings import Count, Group, Natural, check_ranges
+from common.run.files import one_line, write
+from common.run.settings import Count, Group, Natural, Settings, check_ranges, command_line
 
 ROOT = Path(__file__).parents[2]
 TRUTH = "grpo.py --scale-rewards none --loss-type dr_grpo"
@@ -56,7 +56,7 @@ class Args:
     )
     """what to look at, each `NAME: SCRIPT FLAGS`"""
     model: str = "tiny"
-    """the policy at the start: tiny, a folder or a hub id"""
+    """the policy at the start: tiny, a run folder (its newest checkpoint), a folder or a hub id"""
     data: str = "puzzles"
     """what it is trained on"""
     flags: str = ""
@@ -73,8 +73,8 @@ class Args:
     """validation examples that the gain is measured on (0: not measured)"""
     samples: Count = 4
     """completions an example"""
-    max_completion_length: int = 72
-    """longest completion in tokens"""
+    max_completion_length: Count | None = None
+    """longest completion in tokens (default: 72 for the built-in model and its runs, else 2048)"""
     seed: Natural = 1
     """of the methods; the truth has another"""
     out: str = "gradients"
@@ -161,22 +161,32 @@ def gradients_of(command: list[str], steps: int, log: Path, truth: torch.Tensor 
     return sums
 
 
-def expected_rewards(args: Args, direction: torch.Tensor | None) -> np.ndarray:
-    """Accuracy of each validation example [E] at the start, or a step against the mean gradient `direction` [P]."""
-    policy = load_policy(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
+def expected_rewards(args: Args, settings: Settings, direction: torch.Tensor | None) -> np.ndarray:
+    """Accuracy of each validation example [E] at the start, or a step against the mean gradient `direction` [P].
+    `settings` are those that the scripts share."""
+    policy = load_policy(
+        settings.model,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        lora_rank=settings.lora_rank,
+        max_pixels=settings.max_pixels,
+        seed=settings.seed,
+        freeze_vision=settings.freeze == "vision",
+    )
     if direction is not None:
         parameters = [p for p in policy.model.parameters() if p.requires_grad]
         step = (-args.step_norm * direction / direction.norm()).to(parameters[0].device)
         with torch.no_grad():
             for p, part in zip(parameters, step.split([p.numel() for p in parameters]), strict=True):
                 p += part.view_as(p)
-    examples = load_examples(args.data, "validation", limit=args.limit)
+    columns = {flag: getattr(settings, flag) for flag in DATA[1:]}
+    examples = load_examples(settings.data, settings.eval_split, limit=args.limit, **columns)
     result = evaluate(
         policy,
         examples,
+        template=settings.prompt_template,
         samples=args.samples,
         temperature=1.0,
-        max_new_tokens=args.max_completion_length,
+        max_new_tokens=settings.max_completion_length,
         seed=args.seed,
     )
     return np.array([np.mean(row["correct"]) for row in result["rows"]])
@@ -227,33 +237,37 @@ def main(args: Args) -> dict[str, dict]:
         if not re.fullmatch(r"[\w. +-]+", name) or name in (*commands, "truth"):
             raise SystemExit(f"--methods {method!r}: the name {name!r} is taken, or not of letters, digits and . _ + -")
         commands[name] = shlex.split(command)
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    shared = ["--model", args.model, "--data", args.data, "--max-completion-length", str(args.max_completion_length)]
+    shared = ["--model", args.model, "--data", args.data]
+    if args.max_completion_length:
+        shared += ["--max-completion-length", str(args.max_completion_length)]
     shared += shlex.split(args.flags)
+    seed = ["--seed", str(args.seed)]
+    settings = settings_of_method(f"truth: {TRUTH}", [*shlex.split(TRUTH), *shared, *seed])
+    folder = Path(args.out)
+    with one_line(f"--out {args.out}"):
+        folder.mkdir(parents=True, exist_ok=True)
     group = ["--group-size", str(args.truth_group_size), "--seed", str(args.seed + 1000)]
     truth = gradients_of([*shlex.split(TRUTH), *shared, *group], args.truth_steps, folder / "truth.log")
     kept = truth.signal / (truth.squares / truth.count)
     summary = {"truth": {"noise": 1 - kept}}
     print(f"truth: {args.truth_steps} steps, {1 - kept:.1%} of a step's squared length is noise", flush=True)
-    start = expected_rewards(args, None) if args.limit else None
+    start = expected_rewards(args, settings, None) if args.limit else None
     directions = {"truth": truth.mean}
     for name, command in commands.items():
-        own = gradients_of(
-            [*command, *shared, "--seed", str(args.seed)], args.steps, folder / f"{name}.log", truth.mean
-        )
+        own = gradients_of([*command, *shared, *seed], args.steps, folder / f"{name}.log", truth.mean)
         summary[name] = figures(own, truth) | {"cosine_ci": bootstrap(np.array(own.dots or [math.nan]), 2000)}
         directions[name] = own.mean
     for name, direction in directions.items() if args.limit else ():
-        gains = expected_rewards(args, direction) - start
+        gains = expected_rewards(args, settings, direction) - start
         summary[name] |= {"gain": float(gains.mean()), "gain_ci": bootstrap(gains, 2000)}
     text = json.dumps({"args": asdict(args), "methods": commands, "summary": summary}, indent=1)
-    write(folder / "gradients.json", text.replace("NaN", "null"))
-    plot_gradients(summary, folder / "gradients.png")
-    print(gradients_table(summary))
+    print(gradients_table(summary), flush=True)
+    with one_line(f"--out {args.out}"):
+        write(folder / "gradients.json", text.replace("NaN", "null"))
+        plot_gradients(summary, folder / "gradients.png")
     print(f"{folder}: gradients.json, gradients.png")
     return summary
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    command_line(main, Args, "--limit, or --micro-batch-tokens in --flags")

@@ -27,7 +27,7 @@ from PIL import Image
 
 from common.data.examples import Example, load_examples
 from common.data.messages import TEMPLATE, build_messages, check_template
-from common.evaluation.accuracy import aligned, at_most
+from common.evaluation.accuracy import aligned, at_most, fitting_examples
 from common.evaluation.robustness import bootstrap
 from common.model.load import Policy, encode_prompts, load_policy, newest_checkpoint, process_images
 from common.model.sampling import decode, sample, uniform_numbers
@@ -71,6 +71,8 @@ class Args:
     """share of the patches that a mask blackens"""
     max_completion_length: Natural = 0
     """longest completion in tokens (default: what the run trained with)"""
+    max_prompt_length: Natural = 0
+    """longest prompt in tokens, of the first model; examples with longer ones are left out (0: none)"""
     prompt_template: str = ""
     """what the model reads (default: what the run trained with, else the standard one)"""
     max_pixels: Natural = 0
@@ -342,11 +344,11 @@ def main(args: Args) -> dict[str, dict]:
     titles = titles if len(set(titles)) == len(titles) else list(args.model)  # short where they stay distinct
     names = ("image_column", "question_column", "answer_column", "kind", "image_root")
     columns = {name: getattr(args, name) for name in names}
-    examples = load_examples(args.data, args.split, limit=args.limit, **columns)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    examples = fitting_examples(args, load_examples(args.data, args.split, limit=args.limit, **columns), device)
     with one_line(f"--out {args.out}"):
         folder.mkdir(parents=True, exist_ok=True)
     examples = [examples[n] for n in range(len(examples))]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     models = {}
     for title, name in zip(titles, args.model, strict=True):
         policy = None  # let go of the last model before the next is loaded

@@ -31,7 +31,7 @@ from common.data.examples import Example, load_examples
 from common.data.messages import TEMPLATE, build_messages, check_template
 from common.data.prompts import replace_images
 from common.data.puzzles import COLOURS, SHAPES, puzzle, solve
-from common.evaluation.accuracy import aligned, at_most
+from common.evaluation.accuracy import aligned, at_most, fitting_examples
 from common.evaluation.robustness import bootstrap
 from common.model.load import Policy, Prompts, encode_prompts, load_policy, newest_checkpoint
 from common.model.sampling import decode, sample, uniform_numbers
@@ -57,6 +57,13 @@ class Args:
     """puzzles, a short name of common/data/sets.py, a .jsonl or .parquet file, a folder, or a hub id"""
     split: str = "test"
     """which part of it"""
+    image_column: str = ""
+    question_column: str = ""
+    answer_column: str = ""
+    kind: str = ""
+    """how answers are checked: math, int, letter, ..."""
+    image_root: str = ""
+    """folder that image paths are relative to and must lie in (default: the data set's own)"""
     limit: Count = 300
     """examples, the first of the split"""
     samples: Count = 1
@@ -65,6 +72,8 @@ class Args:
     """0: greedy completions"""
     max_completion_length: Natural = 0
     """longest completion in tokens (default: what the run trained with)"""
+    max_prompt_length: Natural = 0
+    """longest prompt in tokens, of the first model; examples with longer ones are left out (0: none)"""
     prompt_template: str = ""
     """what the model reads (default: what the run trained with, else the standard one)"""
     max_pixels: Natural = 0
@@ -359,11 +368,13 @@ def main(args: Args) -> dict[str, dict]:
     folder = Path(args.out)
     if folder.exists() and not folder.is_dir():
         raise SystemExit(f"--out {args.out}: not a folder")
-    examples = load_examples(args.data, args.split, limit=args.limit)
+    names = ("image_column", "question_column", "answer_column", "kind", "image_root")
+    columns = {name: getattr(args, name) for name in names}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    examples = fitting_examples(args, load_examples(args.data, args.split, limit=args.limit, **columns), device)
     with one_line(f"--out {args.out}"):
         folder.mkdir(parents=True, exist_ok=True)
     examples = [examples[n] for n in range(len(examples))]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     models, read = {}, {}
     for name in args.model:
         policy = None  # let go of the last model before the next is loaded

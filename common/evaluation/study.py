@@ -3,7 +3,7 @@
     python -m common.evaluation.study --methods "grpo: grpo.py" "roma: roma.py" --corruptions seen --out studies/roma
 
 Each method is `NAME: SCRIPT FLAGS`; differences are to the first. Evaluated is on the data that the methods train on,
-which must be one set, with each run's own template, picture size and length. A run is skipped where it is finished and
+which must be one set, with each run's own template, picture size and lengths. A run is skipped where it is finished and
 continued where it was interrupted, and finished cells of an evaluation are kept, so the same command goes on where it
 stopped. Written are the runs, results.json (a number a seed and figure, curves, versions, date) and plots.
 """
@@ -71,42 +71,79 @@ class Args:
     """runs at a time, each on one CPU thread where there are several (0: two, or one where there is a GPU)"""
 
 
+def execute(args: Args, name: str, seed: int, arguments: list[str], log: Path) -> None:
+    """A command of this project in a process of its own, its output behind what `log` holds.
+
+    Raises:
+        SystemExit: it ended with an error; its last line, and where its output is.
+    """
+    environment = dict(os.environ) | ({"OMP_NUM_THREADS": "1"} if args.jobs > 1 else {})
+    with log.open("a") as output:
+        done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=output, stderr=output)
+    if done.returncode:
+        last = said(log.read_text(errors="replace"))[-1:]
+        raise SystemExit(f"{name}, seed {seed}: stopped with {done.returncode}: {''.join(last)} (see {log})")
+
+
 def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> dict[str, dict]:
     """One run and its evaluations: accuracy of every example in every cell, a split; figures of every example looked at
     as `look`; one number a figure as `figures`; validation accuracy by step as `curve`."""
     folder = Path(args.out) / f"{name}-seed{seed}"
-    environment = dict(os.environ)
-    if args.jobs > 1:
-        environment["OMP_NUM_THREADS"] = "1"
-
-    def execute(arguments: list[str]) -> None:
-        with open(f"{folder}.log", "a") as log:
-            done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log)
-        if done.returncode:
-            last = said(Path(f"{folder}.log").read_text(errors="replace"))[-1:]
-            raise SystemExit(f"{name}, seed {seed}: stopped with {done.returncode}: {''.join(last)} (see {folder}.log)")
-
-    path, trained_by = str(folder.resolve()), Path(f"{folder}.command")
+    trained_by, log = Path(f"{folder}.command"), Path(f"{folder}.log")
     if not (folder / "args.json").is_file():  # what never began, say for a mistyped flag, binds nobody
         trained_by.write_text(shlex.join(command))
     if not (folder / "summary.json").is_file():
         begun = any(folder.glob("checkpoints/step-*/complete"))
-        execute([*command, "--seed", str(seed), "--test-examples", "0", "--eval-every", str(args.curve),
-                 "--no-preflight", "--resume" if begun else "--out", path])  # fmt: skip
+        run = [*command, "--seed", str(seed), "--test-examples", "0", "--eval-every", str(args.curve), "--no-preflight"]
+        execute(args, name, seed, [*run, "--resume" if begun else "--out", str(folder.resolve())], log)
         if not (folder / "summary.json").is_file():  # a run that was told to stop has saved and ends without an error
             raise SystemExit(f"{name}, seed {seed}: stopped before its end; the same command goes on")
-    trained = read_arguments(f"--out {args.out}", folder)
+    run = lambda arguments: execute(args, name, seed, arguments, log)
+    found = evaluate_policy(args, folder.resolve(), str(folder.resolve()), read_settings(args, folder), run)
+    lines = read_lines(folder / "metrics.jsonl")
+    found["curve"] = [(line["step"], line["eval/accuracy"]) for line in lines if "eval/accuracy" in line]
+    if args.curve and found["curve"]:
+        found["figures"][AREA] = area(found["curve"])
+    if lines:
+        found["figures"][SECONDS] = mean(line["seconds"] for line in lines)
+    return found
+
+
+def evaluate_before(args: Args, name: str, seed: int) -> dict[str, float]:
+    """The same figures of the policy that a run began with, asked in the run's words."""
+    trained, folder = read_settings(args, Path(args.out) / f"{name}-seed{seed}"), Path(args.out) / "before"
+    folder.mkdir(exist_ok=True)
+    words = ["--prompt-template", trained["prompt_template"]]
+    words += ["--max-completion-length", str(trained["max_completion_length"])]
+    run = lambda arguments: execute(args, "before", seed, [*arguments, *words], folder / "log")
+    args = replace(args, corruptions=(), look=0)
+    return evaluate_policy(args, folder.resolve(), trained["model"], trained, run)["figures"]
+
+
+def read_settings(args: Args, folder: Path) -> dict:
+    return read_arguments(f"--out {args.out}", folder)
+
+
+def evaluate_policy(
+    args: Args, folder: Path, model: str, trained: dict, run: Callable[[list[str]], None]
+) -> dict[str, dict]:
+    """What a study measures of a policy on the data of the settings `trained`; `run` executes a command, and what it
+    finds is kept in `folder`."""
     columns = [word for key in DATA if trained.get(key) for word in (f"--{key.replace('_', '-')}", trained[key])]
-    columns += ["--max-pixels", str(trained.get("max_pixels", 0))]
+    more = [
+        f"--max-pixels={trained.get('max_pixels', 0)}",
+        f"--max-prompt-length={trained.get('max_prompt_length', 0)}",
+    ]
     cells, figures = {}, {}
     for split in args.splits:
-        file = folder.resolve() / "evaluations" / f"{split}-{args.limit}.json"
+        file = folder / "evaluations" / f"{split}-{args.limit}.json"
         corrupted = args.corruptions if split == args.splits[0] else ()
         flags = ["--corruptions", *corrupted, "--severities", *map(str, args.severities)] if corrupted else []
+        asked = ["-m", "common.evaluation", "--model", model, "--split", split, "--limit", str(args.limit)]
         if corrupted or not file.is_file():
-            execute(["-m", "common.evaluation", "--model", path, "--split", split, "--limit", str(args.limit),
-                     "--out", str(file), *columns, *flags])  # fmt: skip
-        result = read_result(file, "models", path)
+            file.parent.mkdir(exist_ok=True)
+            run([*asked, "--out", str(file), *columns, *more, *flags])
+        result = read_result(file, "models", model)
         held = result.get("cells") or {CLEAN: [mean(row["correct"]) for row in result["rows"]]}
         # An earlier command may have asked for more of this run than of those that came later.
         wanted = [CLEAN, *(f"{name}/{level}" for name in choose(corrupted) for level in args.severities)]
@@ -117,35 +154,28 @@ def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> 
                 figures[f"{split}, {title} corruptions"] = float(values.mean())
         if args.samples:
             file = file.with_stem(f"{split}-{args.limit}-sampled-{args.samples}")
+            drawn = ["--samples", str(args.samples), "--temperature", "1"]
             if not file.is_file():
-                execute(["-m", "common.evaluation", "--model", path, "--split", split, "--limit", str(args.limit),
-                         "--samples", str(args.samples), "--temperature", "1", "--out", str(file),
-                         *columns])  # fmt: skip
-            figures[f"{split}, sampled"] = read_result(file, "models", path, "accuracy")
-    lines = read_lines(folder / "metrics.jsonl")
-    curve = [(line["step"], line["eval/accuracy"]) for line in lines if "eval/accuracy" in line]
-    if args.curve and curve:
-        figures[AREA] = area(curve)
-    if lines:
-        figures[SECONDS] = mean(line["seconds"] for line in lines)
+                run([*asked, *drawn, "--out", str(file), *columns, *more])
+            figures[f"{split}, sampled"] = read_result(file, "models", model, "accuracy")
     if args.probes:
-        file = folder.resolve() / "probes" / "probes.json"
+        file = folder / "probes" / "probes.json"
         if not file.is_file() or read_result(file, "args", "limit") != args.probes:
-            execute(["-m", "common.evaluation.probes", "--model", path, "--split", args.splits[0],
-                     "--limit", str(args.probes), "--out", str(file.parent),
-                     "--data", re.sub("^puzzles:.*", "puzzles", trained["data"])])  # fmt: skip
-        probed = read_result(file, "summary", path)
-        figures |= {figure: value["mean"] for figure, value in probed.items()}
-        for part in read_result(file, "readings").get(path, {}).values():
+            # Of puzzles without a hint: the probe adds hints of its own.
+            plain = [re.sub("^puzzles:.*", "puzzles", word) for word in columns]
+            run(["-m", "common.evaluation.probes", "--model", model, "--split", args.splits[0],
+                 "--limit", str(args.probes), "--out", str(file.parent), *plain, *more])  # fmt: skip
+        figures |= {figure: value["mean"] for figure, value in read_result(file, "summary", model).items()}
+        for part in read_result(file, "readings").get(model, {}).values():
             figures |= {f"{what} read right": value for what, value in part.items() if value is not None}
     if args.look:
-        file = folder.resolve() / "look" / "look.json"
+        file = folder / "look" / "look.json"
         if not file.is_file() or len(next(iter(read_result(file, "examples").values()))) != args.look:
-            execute(["-m", "common.evaluation.look", "--model", path, "--split", args.splits[0],
-                     "--limit", str(args.look), "--out", str(file.parent), *columns])  # fmt: skip
+            run(["-m", "common.evaluation.look", "--model", model, "--split", args.splits[0],
+                 "--limit", str(args.look), "--out", str(file.parent), *columns, *more])  # fmt: skip
         (rows,) = read_result(file, "examples").values()
         cells["look"] = {figure: [row[figure] for row in rows] for figure in FIGURES}
-    return cells | {"figures": figures, "curve": curve}
+    return cells | {"figures": figures}
 
 
 def read_result(file: Path, *keys: str) -> dict:
@@ -193,20 +223,22 @@ def common_data(methods: dict[str, Settings | None]) -> tuple[str, str]:
     """The one set that all methods train on, and their test split.
 
     Raises:
-        SystemExit: they train on several, so that nothing they could be compared on would be every method's own.
+        SystemExit: they train on several, or leave out other prompts of one, so that nothing they could be compared on
+            would be every method's own.
     """
     sets = {}
     for name, settings in methods.items():
         if settings is not None:
             key = tuple(getattr(settings, flag) for flag in (*DATA, "test_split"))
-            sets.setdefault(key, []).append(name)
+            bound = f"--max-prompt-length {settings.max_prompt_length}" if settings.max_prompt_length else ""
+            sets.setdefault((*key, bound), []).append(name)
     if len(sets) > 1:
         texts = [f"{names[0]} on " + " ".join(map(str, filter(None, key))) for key, names in sets.items()]
         raise SystemExit(f"--methods: they train on different data ({'; '.join(texts)}); a study compares on one set")
-    (key,) = sets or [("puzzles", "test")]
+    (key,) = sets or [("puzzles", "test", "")]
     if "," in key[0]:
         raise SystemExit(f"--methods: they train on several sets ({key[0]}); a study compares on one set")
-    return key[0], key[-1]
+    return key[0], key[-2]
 
 
 def main(args: Args) -> None:
@@ -272,6 +304,11 @@ def main(args: Args) -> None:
         for name in commands:
             runs = [results[name, seed][split] for seed in args.seeds]
             models[name] = {cell: [run[cell] for run in runs] for cell in runs[0]}
+        counts = {name: len(cells[CLEAN][0]) for name, cells in models.items()}
+        if len(set(counts.values())) > 1:  # of models whose tokens are not the same
+            raise SystemExit(
+                f"{split}: --max-prompt-length leaves examples by method {counts}: nothing to compare in pairs"
+            )
         summaries[split] = robustness_summary(models)
         count, seeds = len(models[name][CLEAN][0]), ", ".join(map(str, args.seeds))
         print(f"\n{split}: {count} examples, seeds {seeds}, mean over seeds")
@@ -288,7 +325,8 @@ def main(args: Args) -> None:
     for name in commands:
         own = [results[name, seed]["figures"] for seed in args.seeds]
         figures[name] = {figure: [run[figure] for run in own] for figure in own[0] if all(figure in run for run in own)}
-    summary = compare(figures)
+    before = evaluate_before(args, next(iter(commands)), args.seeds[0])
+    summary = {"before": {name: {"mean": value} for name, value in before.items()}, **compare(figures)}
     print(f"\nmeans over seeds; in brackets the paired difference to {next(iter(commands))}, 95 % over seeds")
     print(comparison_table(summary))
     curves = {name: [results[name, seed]["curve"] for seed in args.seeds] for name in commands}

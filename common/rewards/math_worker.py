@@ -12,6 +12,7 @@ import selectors
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from queue import LifoQueue
@@ -130,11 +131,10 @@ def main() -> None:
     except (ImportError, ValueError, OSError):
         pass  # no such limit on this system: the deadline still holds
     logging.disable(logging.CRITICAL)
-    from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
 
     # Not its own units, which drop the letters t, h, s, d and others at the end of an expression, nor parts of a text.
-    latex = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
+    latex = replace(LatexExtractionConfig().normalization_config, units=False, boxed="none")
     reading = {"extraction_config": [LatexExtractionConfig(normalization_config=latex)], "parsing_timeout": None}
     verify(parse("$(x+1)^2$", **reading), parse("$x^2$", **reading), timeout_seconds=None)  # warm up
     print(json.dumps("ready"), flush=True)

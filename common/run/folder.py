@@ -113,6 +113,11 @@ class Run:
             if self.args.out and Path(self.args.out).resolve() != self.folder.resolve():
                 raise SystemExit(f"--resume {self.folder}: goes on in that folder; leave out --out {self.args.out}")
             self.compare_settings(self.settings)
+            if any(line.get("step") == 0 for line in read_lines(self.folder / "metrics.jsonl")[:1]):
+                raise SystemExit(
+                    f"--resume {self.folder}: its metrics count steps from 0, as an earlier version of this code did; "
+                    "continue it with that version"
+                )
             names = [path.name.removeprefix("step-") for path in checkpoints_in(self.folder)]
             if self.args.steps < (done := int((names or [0])[-1])):
                 raise SystemExit(f"--steps {self.args.steps}: {self.folder} has done {done} already")
