@@ -64,6 +64,8 @@ def comparison_rows(summary: dict[str, dict[str, dict]], names: Sequence[str] = 
     are some; of `names`, or all."""
     rows = [["", *summary]]
     for name in names or dict.fromkeys(n for figures in summary.values() for n in figures):
+        if "share" in name and not any(f[name]["mean"] for f in summary.values() if name in f):
+            continue  # nobody wrote such a section
         scale, digits = scale_of(name)
         row = [name]
         for figures in summary.values():
