@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import json
+import math
 import threading
 
 import datasets
@@ -232,6 +233,12 @@ def test_rows_that_cannot_be_used_are_left_out_counted_and_named(tmp_path, capsy
         ({"question": "?", "answer": "2", "image": ["x.png", None]}, "no image"),
         ({"question": "?", "answer": ["1", "2"]}, r"the answer is a list \(\['1', '2'\]\); write it as one text"),
         ({"question": "?", "answer": {"x": 1}}, "the answer is a dict"),
+        ({"question": "?", "answer": math.nan}, r"no answer \(nan\)"),
+        ({"question": ["1 + 1?"], "answer": "2"}, r"the question is a list \(\['1 \+ 1\?'\]\); write it as one text"),
+        (
+            {"question": "Which?", "answer": "B", "choices": [["red"], ["blue"]]},
+            "options must be a list of texts, not ",
+        ),
         ({"question": "Which?", "answer": "B", "kind": "choice"}, "kind choice needs the options in a column choices"),
         ({"question": "Which?", "answer": "B", "choices": "red, blue"}, "options must be a list of texts, not 'red, b"),
         ({"question": "Which?", "answer": "B", "options": {"A": "red"}}, "options must be a list of texts, not "),

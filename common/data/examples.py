@@ -213,7 +213,10 @@ class Rows(Sequence):
         row = self.rows[number]
         stored = row.get(self.columns["image"])
         stored = [] if stored is None else stored if isinstance(stored, list) else [stored]
-        question = str(row.get(self.columns["question"]) or "").strip()
+        asked = row.get(self.columns["question"])
+        if isinstance(asked, list | dict):
+            raise ValueError(f"the question is a {type(asked).__name__} ({str(asked)[:60]}); write it as one text")
+        question = str(asked or "").strip()
         if not question:
             raise ValueError("no question")
         if token := re.search(r"<\|\w+\|>", question):

@@ -75,7 +75,8 @@ def read_choices(stored) -> tuple[str, ...] | None:
     if not stored:
         return None
     try:
-        choices = options(stored) if isinstance(stored, str | list) else None
+        nested = isinstance(stored, list) and any(isinstance(option, list | dict) for option in stored)
+        choices = options(stored) if isinstance(stored, str | list) and not nested else None
     except (ValueError, SyntaxError, MemoryError, RecursionError):  # Python's own of a text that is no list
         choices = None
     choices = choices or (options_in(stored) if isinstance(stored, str) else None)

@@ -88,7 +88,7 @@ def prepare_gold(gold, kind: str, choices: Sequence[str] | None = None) -> str:
         gold = gold[0]
     if isinstance(gold, list | tuple | dict):
         raise ValueError(f"the answer is a {type(gold).__name__} ({str(gold)[:60]}); write it as one text")
-    if gold is None or not str(gold).strip():
+    if gold is None or gold != gold or not str(gold).strip():  # NaN is how tables say that there is none
         raise ValueError(f"no answer ({gold!r})")
     text = str(gold).strip()
     if "\\boxed" in text or "<answer>" in text.lower():
