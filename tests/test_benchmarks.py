@@ -7,7 +7,7 @@ from PIL import Image
 from common.model.load import encode_prompts, load_policy
 from common.model.memory import build_config
 from common.model.sampling import sample, uniform_numbers
-from tests.benchmarks import grpo_step
+from tests.benchmarks import first_word, grpo_step
 from tests.benchmarks.random_model import SMALL, write_random_model
 
 
@@ -35,3 +35,10 @@ def test_a_step_is_timed_on_it(random_folder, lora_rank, capsys, monkeypatch):
     grpo_step.main(grpo_step.Options(str(random_folder), prompts=2, group=2, tokens=4, steps=2, lora_rank=lora_rank))
     printed = capsys.readouterr().out
     assert "floor of score" in printed and float(printed.split("mismatch: ")[1].split(",")[0]) < 1e-4
+
+
+def test_the_word_that_decides_to_look_or_not_is_among_the_most_dependent(capsys):
+    figures = first_word.main(first_word.Args(prompts=8, group_size=4, fractions=(0.4,)))
+    assert figures["repeat the hint"]["share"] + figures["look"]["share"] == 1
+    assert figures["repeat the hint"]["dependency"] < figures["look"]["dependency"]
+    assert "first word kept at 0.4" in capsys.readouterr().out
