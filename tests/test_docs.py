@@ -9,6 +9,7 @@ import pytest
 import tyro
 
 from common.run.settings import parse
+from tests import results_page
 from tests.diff_page import terms
 from tests.settings_page import page
 
@@ -91,3 +92,16 @@ def test_the_readme_is_short_and_keeps_its_test_command():
 
 def test_every_setting_is_on_its_page():
     assert (ROOT / "docs/settings.md").read_text() == page(), "run python -m tests.settings_page"
+
+
+def test_results_are_those_of_the_studies():
+    """Every table of results is made from the files in docs/studies."""
+    readme = (ROOT / "README.md").read_text()
+    assert results_page.readme(readme) == readme, "run python -m tests.results_page"
+    for path in (ROOT / "docs").glob("*.md"):
+        assert results_page.filled(path.read_text()) == path.read_text(), "run python -m tests.results_page"
+    table = results_page.methods_table("default", {"sampled": "test, sampled"}, "test, sampled").splitlines()
+    figures = results_page.study("default")["figures"]
+    assert len(table) == 2 + len(figures) and table[3].startswith(
+        f"| GRPO | {100 * figures['GRPO']['test, sampled']['mean']:.1f} |"
+    )

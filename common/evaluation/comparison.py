@@ -5,16 +5,29 @@ their interval is Student's, over seeds, which says what another seed would do; 
 the bootstrap of robustness.py.
 """
 
+import platform
 from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy import stats
 
 from common.evaluation.accuracy import aligned
 
 AREA = "area under the validation curve"
 SECONDS = "seconds a step"
+
+
+def made_with() -> dict:
+    """Today's date, versions and the kind of machine, as they stand in files of results."""
+    return {
+        "date": date.today().isoformat(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")},
+        "machine": f"{platform.machine()}, {'CUDA' if torch.cuda.is_available() else 'CPU'}",
+    }
 
 
 def area(curve: Sequence[tuple[int, float]]) -> float:

@@ -35,6 +35,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from common.data.examples import load_examples
 from common.evaluation.accuracy import aligned, evaluate
+from common.evaluation.comparison import made_with
 from common.evaluation.robustness import bootstrap
 from common.evaluation.study import DATA, settings_of_method
 from common.model.load import load_policy
@@ -260,7 +261,9 @@ def main(args: Args) -> dict[str, dict]:
     for name, direction in directions.items() if args.limit else ():
         gains = expected_rewards(args, settings, direction) - start
         summary[name] |= {"gain": float(gains.mean()), "gain_ci": bootstrap(gains, 2000)}
-    text = json.dumps({"args": asdict(args), "methods": commands, "summary": summary}, indent=1)
+    asked = {name: value for name, value in asdict(args).items() if name not in ("methods", "out")}
+    joined = {name: shlex.join(command) for name, command in commands.items()}
+    text = json.dumps({**made_with(), "args": asked, "methods": joined, "summary": summary}, indent=1)
     print(gradients_table(summary), flush=True)
     with one_line(f"--out {args.out}"):
         write(folder / "gradients.json", text.replace("NaN", "null"))

@@ -13,7 +13,6 @@ import importlib.util
 import io
 import json
 import os
-import platform
 import re
 import shlex
 import subprocess
@@ -21,8 +20,6 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 
@@ -32,7 +29,7 @@ from tqdm import tqdm
 
 from common.corruptions import SEEN, UNSEEN, check_corruptions, choose
 from common.data.puzzles import SPLITS
-from common.evaluation.comparison import AREA, SECONDS, area, compare, comparison_table, plot_curves
+from common.evaluation.comparison import AREA, SECONDS, area, compare, comparison_table, made_with, plot_curves
 from common.evaluation.look import FIGURES, summarize, summary_table
 from common.evaluation.robustness import CLEAN, mean_over_cells, plot_robustness, robustness_summary, robustness_table
 from common.run.files import one_line, read_arguments, write
@@ -331,10 +328,8 @@ def main(args: Args) -> None:
     print(comparison_table(summary))
     curves = {name: [results[name, seed]["curve"] for seed in args.seeds] for name in commands}
     content = {
-        "date": date.today().isoformat(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")},
-        "machine": f"{platform.machine()}, {'CUDA' if torch.cuda.is_available() else 'CPU'}",
-        "args": asdict(args),
+        **made_with(),
+        "args": {name: value for name, value in asdict(args).items() if name not in ("methods", "out", "jobs")},
         "methods": {name: shlex.join(command) for name, command in commands.items()},
         "figures": summary,
         "curves": curves,
