@@ -50,6 +50,7 @@ class Work:
     decode_steps: int = 0  # tokens that all rows being sampled took a step for
     sampled_tokens: int | torch.Tensor = 0
     scored_tokens: int | torch.Tensor = 0  # without those of copies
+    trained_tokens: int | torch.Tensor = 0  # of them those with a gradient, and those of their prompts
     rows: int = 0  # completions that were to be scored
     repeated_rows: int = 0  # of them copies of another, which cost nothing
 
