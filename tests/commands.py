@@ -9,6 +9,7 @@ import os
 import runpy
 import socket
 import sys
+import tempfile
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def work(words: list[str], output: str, variables: dict[str, str]) -> None:
         os.dup2(file, stream.fileno())
     os.environ.clear()
     os.environ.update(variables)
+    tempfile.tempdir = None  # where $TMPDIR says now
     os.chdir(ROOT)
     torch.set_num_threads(1)
     if words[0] == "-c":

@@ -20,7 +20,7 @@ REPEATED = 3
 def measure(device: torch.device, dtype: torch.dtype, side: int = 0, size: int = 0) -> dict[str, float]:
     """Operations a second of a product of two square matrices (2 side^3), and bytes a second that a copy reads and
     writes (2 size): the best of some times each."""
-    default = SIZES.get(device.type, SIZES["cpu"])
+    default = SIZES["cuda" if device.type == "cuda" else "cpu"]
     side, size = side or default[0], size or default[1]
     matrix = torch.ones(side, side, dtype=dtype, device=device)
     block = torch.ones(size, dtype=torch.uint8, device=device)
