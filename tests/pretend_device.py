@@ -340,6 +340,7 @@ def pretended(monkeypatch):
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "is_bf16_supported", lambda *_: True),
         (torch.cuda, "current_device", lambda: 0),
+        (torch.cuda, "get_device_name", lambda where=None: "an accelerator that is not there"),
         (torch.cuda, "max_memory_allocated", lambda where=None: device.most),
         (torch.cuda, "CUDAGraph", Graph),
         (torch.cuda, "graph", recording),

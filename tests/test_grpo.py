@@ -4,8 +4,6 @@ import itertools
 import math
 import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ import torch
 import grpo
 from common.run.folder import start_run
 from grpo import Args, group_advantages, k3_divergence, kept_groups, policy_loss, token_weights
+from tests import commands
 from tests.one_step import gradient_norm, one_step, standardized
 
 REWARDS = torch.tensor([1, 0, 0, 0, 0.98, 0.18, 0.94, 0.10])
@@ -286,13 +285,12 @@ def test_bad_settings_are_one_line(settings, message):
         ("MIXED_PRECISION", "fp16", "configured for fp16: arithmetic is bf16"),
     ],
 )
-def test_what_accelerate_would_do_beside_the_loop_is_refused(name, value, message):
+def test_what_accelerate_would_do_beside_the_loop_is_refused(name, value, message, tmp_path):
     # accelerate keeps its settings for the whole process, so this asks a new one
     code = "import grpo; from common.run.folder import start_run; start_run(grpo.Args(), 'grpo')"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {f"ACCELERATE_{name}": value}, capture_output=True, text=True
-    )
-    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+    output = tmp_path / "output"
+    assert commands.run(["-c", code], output, os.environ | {f"ACCELERATE_{name}": value}) == 1
+    assert message in output.read_text() and "Traceback" not in output.read_text()
 
 
 def test_importance_weights_are_capped_and_carry_no_gradient():

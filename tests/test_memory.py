@@ -238,6 +238,8 @@ def test_a_folder_has_its_own_shape():
     assert shape.lora_a_rank * 4 == trained
     assert shape.parameters + trained == sum(p.numel() for p in policy.model.parameters())
     assert shape.cached == 2 * 3 * 2 * 16 * 2
+    frozen = small_policy(freeze_vision=True)
+    assert shape.tower == sum(p.numel() for p in frozen.model.parameters() if not p.requires_grad)
 
 
 def test_a_machine_is_written_in_words():
@@ -261,7 +263,17 @@ def test_what_stays_is_bytes_a_parameter():
         cost[name] = sum(kept.values()) / shape.parameters
     assert cost == {"alone": 18, "eight": 2 + 16 / 8 + 2, "offload": 4, "reference": 20}
     assert on_host(shape, replace(SETTLED, offload_optimizer=True)) == 16 * shape.parameters
+    frozen = replace(SETTLED, freeze_vision=True)
+    for work, processes, bytes_a_parameter in (
+        (frozen, 1, 18), (frozen, 8, 6), (replace(frozen, offload_optimizer=True), 1, 4),
+    ):  # fmt: skip
+        kept = held(shape, work, processes)
+        trained = shape.parameters - shape.tower
+        assert kept["weights"] + kept["gradients, Adam"] == bytes_a_parameter * trained + 4 * shape.tower
+        assert on_host(shape, work) == (16 * trained if work.offload_optimizer else 0)
+        assert update(shape, work, processes) < update(shape, replace(work, freeze_vision=False), processes)
     adapters = replace(SETTLED, lora_rank=64, reference=True)
+    assert held(shape, adapters, 1) == held(shape, replace(adapters, freeze_vision=True), 1), "frozen anyway"
     assert "reference" not in held(shape, adapters, 1), "the model without its adapters"
 
 
@@ -308,6 +320,8 @@ def test_where_nothing_fits_one_line_names_the_smallest_change(machine, settings
 
 def test_a_plan_prints_as_a_table():
     text = str(plan("Qwen/Qwen3-VL-4B", GPU, WORK))
+    frozen = str(plan_of(grpo.Args(model="Qwen/Qwen3-VL-4B", freeze="vision"), parse_machine("141 GB x 1")))
+    assert "all trained but the vision tower" in frozen and "all trained but" not in text
     for part in ("80 GB x 1", "masters and moments off the device", "64 rows", "16,384 tokens", "peak", "own memory"):
         assert part in text
     assert max(map(len, text.splitlines())) < 100

@@ -175,7 +175,8 @@ def test_limits_of_the_variances():
 
 
 def run(script, tmp_path, name, **settings):
-    settings = {"steps": 2, "prompts_per_step": 4, "group_size": 4, "test_examples": 0, "eval_every": 0} | settings
+    small = {"steps": 2, "prompts_per_step": 4, "group_size": 4, "test_examples": 0, "eval_every": 0}
+    settings = small | {"preflight": False} | settings
     script.main(script.Args(out=str(tmp_path / name), **settings))
     return next((tmp_path / name / "checkpoints").glob("step-*/*.safetensors")).read_bytes()
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import grpo
+from tests.commands import ROOT
 from tests.test_grpo import MASK, NEW, OLD, A
-from tests.test_training import ROOT, train
+from tests.test_training import train
 
 PAGE = (ROOT / "docs/own_method.md").read_text()
 

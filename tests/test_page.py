@@ -7,10 +7,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from common.run.cost import cost_card
 from common.run.page import Args, charts, keep_pictures, main, page, smoothed, thinned, ticks, write_page
+from common.run.rates import measure
 from tests.small_models import picture
 
 VOID = {"meta", "img", "path", "polyline", "circle"}
@@ -210,4 +212,42 @@ def test_the_cost_card_adds_up():
     assert card["tokens scored"] == "600 (3.00 a sampled one)"
     assert card["completions scored"] == "16, 4 as copies"
     assert card["forwards"] == "6 (3 a step)" and card["memory at most"] == "1.25 GiB a process"
+    machine = {
+        "processes": 2,
+        "operations": 1e6,
+        "operations_a_token": 6000,
+        "bytes": 1e5,
+        "bytes_a_decoding_step": 500,
+    }
+    steps = [{**line, "seconds/update": 0.5, "cost/trained_tokens": 40, "cost/decode_steps": 30} for line in lines]
+    card = cost_card(steps, machine)
+    # 80 tokens of 6,000 operations on two devices in 1 s; 60 steps of 500 bytes on two in 3 s.
+    assert card["operations in update"] == "0.00024 G a second, 24.0% of a matrix product's"
+    assert card["bytes in sample"] == "5e-06 G a second, 5.0% of a copy's"
+    assert not [name for name in cost_card(steps) if " in " in name and name != "time in steps"], "not measured"
     assert cost_card([]) == {} and "forwards" not in cost_card([{"seconds": 1.0}])
+
+
+def test_a_run_is_compared_with_grpos_beside_it(tmp_path):
+    """Of the same model, data and batch, that has ended; twice the time and thrice the tokens a step."""
+    folder = write_run(tmp_path / "roma", 40)
+    for name, script, changed, ended in (
+        ("a", "grpo", {"data": "other"}, True), ("b", "roma", {}, True), ("c", "grpo", {}, False),
+    ):  # fmt: skip
+        other = write_run(tmp_path / name, 40)
+        (other / "args.json").write_text(json.dumps({"script": script, "model": "tiny", "data": "puzzles"} | changed))
+        if ended:
+            (other / "summary.json").write_text("{}")
+    (folder / "args.json").write_text(json.dumps({"script": "roma", "model": "tiny", "data": "puzzles"}))
+    assert "against" not in page(folder)
+    (tmp_path / "c" / "summary.json").write_text("{}")
+    half = [line | {"seconds": 1.0, "cost/scored_tokens": 10 / 3} for line in metrics(20)]
+    (tmp_path / "c" / "metrics.jsonl").write_text(lines_of(half))
+    assert "against c</dt><dd>2.00 times its seconds a step, 3.00 times its tokens scored</dd>" in page(folder)
+    assert "against" not in page(tmp_path / "c")
+
+
+def test_rates_are_measured_without_a_random_number():
+    before = torch.get_rng_state()
+    found = measure(torch.device("cpu"), torch.float32, side=64, size=2**16)
+    assert found["operations"] > 0 and found["bytes"] > 0 and torch.equal(torch.get_rng_state(), before)

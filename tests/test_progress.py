@@ -8,6 +8,7 @@ import time
 
 from common.run import progress
 from common.run.progress import Progress, counted, shown, step_text
+from tests.test_run import new_run
 
 METRICS = {
     "reward": 0.71875, "accuracy": 0.6, "completions/mean_length": 1444.2, "entropy": 0.0612,
@@ -49,6 +50,22 @@ def test_a_long_phase_is_seen_to_go_on(monkeypatch):
     bar.close()
     assert any("sampling 8 s" in line for line in drawn(terminal)) and "sampling 16 s" in terminal.getvalue()
     assert "sampling 1 s" not in terminal.getvalue()
+
+
+def test_a_steps_phases_are_named_while_they_last(monkeypatch, tmp_path):
+    monkeypatch.setattr(progress, "TICK", 0.01)
+    terminal, clock = Terminal(), time.monotonic()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock)
+    monkeypatch.setattr("sys.stdout", terminal)
+    run = new_run(tmp_path / "run")
+    run.close_bar()
+    run.meter.start()
+    for phase, seconds in (("sample", 5), ("reward", 3), ("update", 4)):
+        clock += seconds
+        time.sleep(0.05)
+        assert drawn(terminal)[-1].endswith(f"left  {phase} {seconds} s")
+        run.meter.lap(phase)
+    run.close()
 
 
 def test_lines_stand_above_the_bar():

@@ -207,8 +207,9 @@ def test_packed_views_equal_each_view_scored_alone(family):
 
 def run(script, tmp_path, name, **settings):
     args = script.Args(
-        steps=2, prompts_per_step=4, group_size=4, test_examples=0, eval_every=0, out=str(tmp_path / name), **settings
-    )
+        steps=2, prompts_per_step=4, group_size=4, test_examples=0, eval_every=0, preflight=False,
+        out=str(tmp_path / name), **settings
+    )  # fmt: skip
     script.main(args)
     lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
     weights = next((tmp_path / name / "checkpoints").glob("step-000002/*.safetensors")).read_bytes()

@@ -5,11 +5,8 @@ import math
 import os
 import resource
 import signal
-import socket
-import subprocess
-import sys
+import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +19,7 @@ from common.run.files import drop_lines_after
 from common.run.folder import Run
 from common.run.plot import plot_learning_curve
 from common.run.settings import check_ranges, memory_advice
+from tests import commands
 from tests.small_models import FAMILIES, small_folder, small_policy
 
 
@@ -113,8 +111,8 @@ r.save(1, policy, optimizer)
 checkpoints.checksum = lambda path: os.kill(os.getpid(), signal.SIGKILL)
 r.save(2, policy, optimizer)
 """
-    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], cwd=Path(__file__).parents[1])
-    assert killed.returncode == -signal.SIGKILL
+    killed = commands.run(["-c", code, tmp_path / "run"], tmp_path / "output")
+    assert killed == -signal.SIGKILL
     assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-000001", "writing-step-000002"}
     policy, optimizer = policy_and_optimizer()
     assert new_run(tmp_path / "run", resume=str(tmp_path / "run")).restore(policy, optimizer) == 1
@@ -346,24 +344,16 @@ run.save(2, policy, optimizer)
 
 
 def test_two_processes_restore_stop_and_fail_together(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    command = ["-c", TWO_PROCESSES, tmp_path / "run", small_folder("qwen3_vl")]
+    outputs = [tmp_path / "first", tmp_path / "second"]
     both = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, str(tmp_path / "run"), small_folder("qwen3_vl")],
-            cwd=Path(__file__).parents[1],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
+        commands.begin(command, output, commands.environment() | variables)
+        for output, variables in zip(outputs, commands.group(2), strict=True)
     ]
-    errors = [process.communicate(timeout=300)[1] for process in both]
-    assert [process.returncode for process in both] == [1, 1]
-    assert "Traceback" not in errors[0] + errors[1], errors
-    assert "step-000002: cannot be written" in errors[0] and "cannot be written" not in errors[1]
+    assert [commands.finish(process) for process in both] == [1, 1]
+    first, second = (output.read_text() for output in outputs)
+    assert "Traceback" not in first + second, first + second
+    assert "step-000002: cannot be written" in first and "cannot be written" not in second
 
 
 def test_a_run_that_never_began_is_in_nobodys_way(tmp_path):
@@ -372,14 +362,16 @@ def test_a_run_that_never_began_is_in_nobodys_way(tmp_path):
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
-    code = "import sys; from tests.test_run import new_run; new_run(sys.argv[1]); print('open', flush=True); input()"
-    command, root = [sys.executable, "-c", code, str(tmp_path / "run")], Path(__file__).parents[1]
-    with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
-        while "open" not in first.stdout.readline():
-            pass
-        with pytest.raises(SystemExit, match="another process is training in this folder"):
-            new_run(tmp_path / "run")
-        first.kill()
+    code = "import sys, time; from tests.test_run import new_run; new_run(sys.argv[1]); print('open', flush=True); "
+    output = tmp_path / "output"
+    first = commands.begin(["-c", code + "time.sleep(300)", tmp_path / "run"], output, commands.environment())
+    while not (output.is_file() and "open" in output.read_text()):
+        assert first.is_alive()
+        time.sleep(0.05)
+    with pytest.raises(SystemExit, match="another process is training in this folder"):
+        new_run(tmp_path / "run")
+    first.kill()
+    commands.finish(first)
     new_run(tmp_path / "run")
 
 

@@ -8,9 +8,16 @@ from types import SimpleNamespace
 import pytest
 
 from common.evaluation.study import Args, main
+from tests import commands
 
 
-def test_a_small_study(tmp_path, capsys):
+def run_command(command: list[str], env: dict, stdout, **_) -> SimpleNamespace:
+    """`subprocess.run` in a process that has torch imported already."""
+    return SimpleNamespace(returncode=commands.run(command[1:], stdout.name, env))
+
+
+def test_a_small_study(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("subprocess.run", run_command)
     short = "--steps 1 --test-examples 4 --no-preflight"
     args = Args(
         methods=(f"grpo: grpo.py {short}", f"dapo: grpo.py {short} --filter-groups reward"),
@@ -43,7 +50,7 @@ def test_a_small_study(tmp_path, capsys):
     assert capsys.readouterr().out == text
     with pytest.raises(SystemExit, match=rf"dapo-seed3.command says it was `grpo.py {short} --filter-groups reward`"):
         main(replace(args, methods=("dapo: grpo.py --steps 2",)))
-    main(replace(args, limit=5, look=0))  # the same runs on more examples
+    main(replace(args, limit=5, look=0, splits=("test",)))  # the same runs on more examples
     assert "test: 5 examples, seeds 3" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
 
@@ -130,9 +137,10 @@ def test_bad_flags_are_one_line(settings, message, tmp_path):
         main(Args(**{"methods": ("grpo: grpo.py",), "out": str(tmp_path)} | settings))
 
 
-def test_a_run_that_fails_says_where_to_look(tmp_path):
+def test_a_run_that_fails_says_where_to_look(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"bad, seed 1: stopped with 1: --group-size 1: .* \(see .*bad-seed1.log\)$"):
         main(Args(methods=("bad: grpo.py --group-size 1",), out=str(tmp_path), seeds=(1,)))
+    monkeypatch.setattr("subprocess.run", run_command)
     with pytest.raises(SystemExit, match=r"bad, seed 1: stopped with 1: --group-size 0"):  # nothing binds it to a typo
         main(Args(methods=("bad: grpo.py --group-size 0",), out=str(tmp_path), seeds=(1,)))
 

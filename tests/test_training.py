@@ -6,7 +6,6 @@ import math
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,9 +16,10 @@ import pytest
 import torch
 
 import grpo
+from tests import commands
+from tests.commands import ROOT
 from tests.train_worker import record
 
-ROOT = Path(__file__).parents[1]
 # Small and quick, yet with groups of mixed rewards.
 QUICK = "--prompts-per-step 4 --group-size 4 --steps 2 --eval-every 0 --test-examples 0 --seed 3 --no-preflight".split()
 
@@ -33,16 +33,6 @@ def train(folder, *flags: str, script: str = "grpo") -> dict:
 
 def metrics(folder) -> list[dict]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-
-
-def environment() -> dict:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
 
 
 def assert_same_gradients(one: dict, other: dict, tolerance: float = 1e-4) -> None:
@@ -78,12 +68,17 @@ def test_groups_without_variance_may_be_skipped(tmp_path):
     assert metrics(tmp_path / "scoring")[0]["frac_reward_zero_std"] > 0
 
 
-def train_in_two(folder, *flags: str, script: str = "grpo") -> dict:
-    """As `train`, in two processes."""
-    seen = folder.with_suffix(".pt")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    command += ["tests/train_worker.py", script, str(seen), *QUICK, "--out", str(folder), *flags]
-    subprocess.run(command, cwd=ROOT, env=environment(), check=True, timeout=300)
+def train_in_two(folder, *flags: str, script: str = "grpo", launcher: bool = False) -> dict:
+    """As `train`, in two processes; with the launcher these are new ones, whose interpreters are taken down at the end,
+    at which threads of a group have hung."""
+    seen, output = folder.with_suffix(".pt"), folder.with_suffix(".log")
+    command = ["tests/train_worker.py", script, seen, *QUICK, "--out", folder, *flags]
+    if launcher:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        torchrun += ["--master_port", commands.free_port()]
+        subprocess.run([*torchrun, *command], cwd=ROOT, env=commands.environment(), check=True, timeout=300)
+    else:
+        assert commands.run(command, output, processes=2) == 0, output.read_text()
     return torch.load(seen, weights_only=True)
 
 
@@ -107,7 +102,7 @@ def assert_same_weights(one: dict, other: dict) -> None:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_processes_and_small_micro_batches_train_as_one(script, tmp_path):
     alone = train(tmp_path / "alone", script=script)
-    together = train_in_two(tmp_path / "together", script=script)
+    together = train_in_two(tmp_path / "together", script=script, launcher=script == "grpo")
     cut = train(tmp_path / "cut", "--micro-batch-tokens", "300", script=script)
 
     assert (alone["processes"], together["processes"]) == (1, 2)
@@ -123,8 +118,9 @@ def test_two_processes_and_small_micro_batches_train_as_one(script, tmp_path):
 def test_two_processes_with_different_numbers_of_micro_batches(flags, tmp_path):
     """A micro-batch a group that is trained, of which processes have different numbers; adapters are not sharded."""
     alone = train(tmp_path / "alone", *flags)
-    together = train_in_two(tmp_path / "together", *flags, "--micro-batch-tokens", "300")
-    assert together["sharded"] == ("--lora-rank" not in flags)
+    adapters = "--lora-rank" in flags
+    together = train_in_two(tmp_path / "together", *flags, "--micro-batch-tokens", "300", launcher=adapters)
+    assert together["sharded"] == (not adapters)
     assert_same_gradients(alone, together)
     assert_same_metrics(tmp_path / "alone", tmp_path / "together")
 
@@ -224,19 +220,26 @@ def test_gradients_that_are_not_finite_are_skipped_and_then_stop_the_run(monkeyp
 # ---------------------------------------------------------------- killed, stopped, resumed
 
 
-def run_script(folder, *flags, **kwargs):
-    command = [sys.executable, "grpo.py", *QUICK, "--steps", "6", "--save-every", "1", *flags]
-    command += ["--resume", str(folder)] if (Path(folder) / "args.json").is_file() else ["--out", str(folder)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
-    )
+def begin_script(folder: Path, *flags: str):
+    """A run of six steps, or its continuation where it has begun; what it says is in a file beside its folder."""
+    command = ["grpo.py", *QUICK, "--steps", "6", "--save-every", "1", *flags]
+    command += ["--resume" if (folder / "args.json").is_file() else "--out", folder]
+    folder.with_suffix(".log").unlink(missing_ok=True)
+    return commands.begin(command, folder.with_suffix(".log"), commands.environment())
 
 
-def wait_for_step(process, folder, step: int) -> None:
+def output_of(process, folder: Path) -> str:
+    """What a run has said when it has ended as it should."""
+    code = commands.finish(process)
+    assert code == 0, folder.with_suffix(".log").read_text()
+    return folder.with_suffix(".log").read_text()
+
+
+def wait_for_step(process, folder: Path, step: int) -> None:
     for _ in range(6000):
         if any(line["step"] >= step for line in (metrics(folder) if (folder / "metrics.jsonl").is_file() else [])):
             return
-        assert process.poll() is None, process.stdout.read()
+        assert process.is_alive(), folder.with_suffix(".log").read_text()
         time.sleep(0.05)
     raise AssertionError("the run did not get there in five minutes")
 
@@ -244,9 +247,7 @@ def wait_for_step(process, folder, step: int) -> None:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    process = run_script(folder)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    output_of(begin_script(folder), folder)
     return folder
 
 
@@ -260,39 +261,32 @@ def assert_same_run(folder, reference) -> None:
 
 def test_a_killed_run_resumes_bit_for_bit(uninterrupted, tmp_path):
     folder = tmp_path / "run"
-    process = run_script(folder)
+    process = begin_script(folder)
     wait_for_step(process, folder, random.randrange(2, 5))
     time.sleep(random.random() * 0.3)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    process = run_script(folder)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and "continuing" in output, output
+    process.kill()
+    commands.finish(process)
+    assert "continuing" in output_of(begin_script(folder), folder)
     assert_same_run(folder, uninterrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_saves_and_exits_cleanly(number, uninterrupted, tmp_path):
     folder = tmp_path / "run"
-    process = run_script(folder, "--save-every", "100")
+    process = begin_script(folder, "--save-every", "100")
     wait_for_step(process, folder, 2)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and "--resume" in output, output
-    process = run_script(folder, "--save-every", "100")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    os.kill(process.pid, number)
+    assert "--resume" in output_of(process, folder)
+    output_of(begin_script(folder, "--save-every", "100"), folder)
     assert_same_run(folder, uninterrupted)
 
 
 def test_a_truncated_checkpoint_falls_back_to_the_one_before(uninterrupted, tmp_path):
     folder = tmp_path / "run"
-    process = run_script(folder)
-    process.communicate(timeout=300)
+    output_of(begin_script(folder), folder)
     newest = folder / "checkpoints" / "step-000006" / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1000])
-    process = run_script(folder)
-    output, _ = process.communicate(timeout=300)
+    output = output_of(begin_script(folder), folder)
     assert "model.safetensors is truncated or damaged; trying the one before" in output
     assert "at step 5" in output
     assert_same_run(folder, uninterrupted)

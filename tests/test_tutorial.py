@@ -1,21 +1,17 @@
 """The tutorial's cells run, in order, with one step of training each."""
 
-import subprocess
-import sys
-
+from tests import commands
+from tests.commands import ROOT
 from tests.run_notebook import script
-from tests.test_training import ROOT, environment
 
 NOTEBOOK = ROOT / "docs/tutorial.ipynb"
 
 
 def test_the_tutorial_runs(tmp_path):
     variables = {"TUTORIAL_STEPS": "1", "TMPDIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.run_notebook", str(NOTEBOOK)],
-        cwd=ROOT, env=environment() | variables, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    command, output = ["-m", "tests.run_notebook", NOTEBOOK], tmp_path / "output"
+    code = commands.run(command, output, commands.environment() | variables)
+    assert code == 0, output.read_text()[-4000:]
     (runs,) = tmp_path.glob("tutorial-*")
     assert {path.name for path in runs.iterdir()} == {"grpo", "only-good", "grpo.png", "tokens.png", "both.png"}
 

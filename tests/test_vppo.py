@@ -239,8 +239,9 @@ def test_a_token_that_cannot_see_the_image_does_not_depend_on_it(monkeypatch):
 
 def run(script, tmp_path, name, **settings):
     args = script.Args(
-        steps=2, prompts_per_step=4, group_size=4, test_examples=0, eval_every=0, out=str(tmp_path / name), **settings
-    )
+        steps=2, prompts_per_step=4, group_size=4, test_examples=0, eval_every=0, preflight=False,
+        out=str(tmp_path / name), **settings
+    )  # fmt: skip
     script.main(args)
     return next((tmp_path / name / "checkpoints").glob("step-000002/*.safetensors")).read_bytes()
 

@@ -35,6 +35,7 @@ from transformers.utils.logging import CRITICAL, disable_progress_bar, get_verbo
 disable_progress_bar()  # transformers' own, for loading and saving weights, would break up ours
 TINY = Path(__file__).parents[1] / "tiny"
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+HUB_ID = r"[\w.-]+/[\w.-]+"
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 # Adapters go on every linear layer of the language model; the vision tower and the output head stay as they are.
 LORA_TARGETS = r".*language_model\.layers\..*\.(q|k|v|o|gate|up|down)_proj"
@@ -49,6 +50,7 @@ class Work:
     decode_steps: int = 0  # tokens that all rows being sampled took a step for
     sampled_tokens: int | torch.Tensor = 0
     scored_tokens: int | torch.Tensor = 0  # without those of copies
+    trained_tokens: int | torch.Tensor = 0  # of them those with a gradient, and those of their prompts
     rows: int = 0  # completions that were to be scored
     repeated_rows: int = 0  # of them copies of another, which cost nothing
 
@@ -127,7 +129,7 @@ def check_model(name: str) -> None:
 
 def ask_the_hub_once(source: str) -> None:
     """Where the hub does not answer, let the cache do from now on, rather than try for half a minute each time."""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists():
+    if re.fullmatch(HUB_ID, source) and not Path(source).exists():
         try:
             HfApi().model_info(source, timeout=3)
         except HfHubHTTPError:  # it does answer
@@ -418,6 +420,9 @@ def read_config(name: str, source: str) -> PretrainedConfig:
 @contextmanager
 def loading(name: str, source: str) -> Iterator[None]:
     """What goes wrong when files are read, as one line."""
+    if not Path(source).is_dir() and not re.fullmatch(HUB_ID, source):
+        which = f"--model {name}" if source == name else f"--model {name}: {source}"  # what its adapter stands on
+        raise SystemExit(f"{which}: no such folder, and not a hub id of the form owner/name")
     try:
         yield
     except (OSError, ConnectionError) as error:
@@ -429,9 +434,6 @@ def loading(name: str, source: str) -> Iterator[None]:
 def missing_model(name: str, source: str, error: Exception) -> str:
     if Path(source).is_dir():
         return f"--model {name}: the folder cannot be loaded: {first_line(error)}"
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        which = f"--model {name}" if source == name else f"--model {name}: {source}"  # what its adapter stands on
-        return f"{which}: no such folder, and not a hub id of the form owner/name"
     return (
         f"--model {name}: {source} is not in the local cache and the hub cannot be reached or does not have it; where "
         f"there is a network, run `hf download {source} --local-dir DIR` and pass --model DIR ({first_line(error)})"

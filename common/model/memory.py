@@ -97,6 +97,8 @@ class Shape:
     pixels_a_token: int
     parameters: int
     """all, one that is used in two places once"""
+    tower: int
+    """those of the vision tower, its mergers included"""
     outside: int
     """those outside of the language model's layers"""
     read: int
@@ -155,6 +157,7 @@ def shape_of(config: PretrainedConfig) -> Shape:
         patch_values=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
         pixels_a_token=(vision.spatial_merge_size * vision.patch_size) ** 2,
         parameters=count(model),
+        tower=count(model.model.visual),
         outside=count(model) - layers,
         read=layers + model.get_output_embeddings().weight.numel(),
         lora_a_rank=sum(m.in_features + m.out_features for m in adapted),
@@ -186,6 +189,8 @@ class Work:
     prompt_a_row: bool = False
     """whether each completion is sampled behind a picture of its own"""
     lora_rank: int = 0
+    freeze_vision: bool = False
+    """whether the vision tower is left as it is where all other weights are trained"""
     reference: bool = False
     """whether a frozen copy of the model is held"""
     evaluation_prompts: int = 128
@@ -196,6 +201,11 @@ class Work:
     """at the most"""
     offload_optimizer: bool = False
     """whether masters and moments leave the device in any case"""
+
+    @property
+    def frozen_tower(self) -> bool:
+        """Whether the vision tower alone is not trained."""
+        return self.freeze_vision and not self.lora_rank
 
     @property
     def width(self) -> int:
@@ -216,19 +226,25 @@ class Work:
         return max(1, min(self.evaluation_prompts, self.micro_batch_tokens // self.completion))
 
 
+def trained_parameters(shape: Shape, work: Work) -> int:
+    """Parameters that are trained where no adapters are."""
+    return shape.parameters - shape.tower * work.frozen_tower
+
+
 def held(shape: Shape, work: Work, processes: int) -> dict[str, float]:
     """Bytes on a device that stay: weights with their bfloat16 copies, gradients with Adam's moments, the reference,
-    and the pictures of a step and of the next."""
+    and the pictures of a step and of the next. Of a frozen vision tower every device has all, in float32."""
+    parameters, tower = trained_parameters(shape, work), shape.tower * 4 * work.frozen_tower
     if work.lora_rank:  # the same on each process
         trained = work.lora_rank * shape.lora_a_rank
         kept = {"weights": shape.parameters * 2 + trained * 6, "gradients, Adam": trained * 12}
     elif work.offload_optimizer:
-        kept = {"weights": shape.parameters * 2, "gradients, Adam": shape.parameters * 2}
+        kept = {"weights": parameters * 2 + tower, "gradients, Adam": parameters * 2}
     else:
-        masters, moments = shape.parameters * 4 / processes, shape.parameters * 12 / processes
-        kept = {"weights": shape.parameters * 2 + masters, "gradients, Adam": moments}
+        masters, moments = parameters * 4 / processes, parameters * 12 / processes
+        kept = {"weights": parameters * 2 + masters + tower, "gradients, Adam": moments}
         if processes > 1:
-            kept["gradients, Adam"] += shape.parameters * 2  # whole and in bfloat16, before they are averaged
+            kept["gradients, Adam"] += parameters * 2  # whole and in bfloat16, before they are averaged
     if work.reference and not work.lora_rank:
         kept["reference"] = shape.parameters * 2
     kept["pictures"] = shape.pixels(work.prompts * work.pictures * work.image_tokens)
@@ -238,7 +254,7 @@ def held(shape: Shape, work: Work, processes: int) -> dict[str, float]:
 def on_host(shape: Shape, work: Work) -> float:
     """Bytes of the machine's memory, all processes together, that masters off the device take: with gradients and
     moments."""
-    return shape.parameters * 16 if work.offload_optimizer and not work.lora_rank else 0
+    return trained_parameters(shape, work) * 16 if work.offload_optimizer and not work.lora_rank else 0
 
 
 def sampling(shape: Shape, prompts: int, group_size: int, slots: int, work: Work) -> float:
@@ -272,7 +288,7 @@ def update(shape: Shape, work: Work, processes: int) -> float:
     before, own = groups * work.views * work.width, rows * work.completion
     kept = (before + own) * shape.layers * state + 2 * groups * tokens * state  # and the scores' states
     head_gradient = 0  # of a chunk, and the sum over chunks before it is added to the others
-    if full:  # with adapters the vision tower is frozen, and nothing of it is kept
+    if full and not work.frozen_tower:  # with adapters the tower is frozen too; nothing is kept of a frozen one
         kept += (
             groups
             * work.views
@@ -281,6 +297,7 @@ def update(shape: Shape, work: Work, processes: int) -> float:
             * shape.vision_depth
             * (shape.vision_width * 4)
         )
+    if full:
         head_gradient = shape.vocabulary * shape.hidden * (2 + 4)
     seen, width = work.width + work.completion, shape.key_heads * shape.head_size
     spread, mask = rows * seen * 2 * width * 2, rows * work.completion * seen * 3
@@ -292,7 +309,8 @@ def update(shape: Shape, work: Work, processes: int) -> float:
     backward = 2 * before * shape.cached + max(inside, head_gradient + 3 * LOGIT_BUDGET * 4)
     pixels = shape.vision(groups * work.views * work.image_tokens)
     # Where masters are sharded or off the device: the largest group of gradients in float32, before and after.
-    averaged = shape.outside * 4 * (1 + 1 / processes) if full and (processes > 1 or work.offload_optimizer) else 0
+    group = (shape.outside - shape.tower * work.frozen_tower) * 4
+    averaged = group * (1 + 1 / processes) if full and (processes > 1 or work.offload_optimizer) else 0
     return max(kept + max(pixels, backward), averaged)
 
 

@@ -85,16 +85,18 @@ class Plan:
         work, rows = self.work, self.work.rows
         lines = [f"{self.model} on {self.machine}, GB a device"]
         notes = {
-            "weights": f"adapters of rank {work.lora_rank}" if work.lora_rank else "all trained",
+            "weights": "all trained but the vision tower" if work.frozen_tower else "all trained",
             "reference": "frozen",
             "pictures": "of this step and of the next",
             "sampling": f"{work.slots} of {rows} rows at a time" if work.slots < rows else f"{rows} rows",
             "evaluation": f"{work.evaluated} prompts at a time",
             "update": f"micro-batches of {work.micro_batch_tokens:,} tokens",
         }
-        if work.offload_optimizer and not work.lora_rank:
+        if work.lora_rank:
+            notes["weights"] = f"adapters of rank {work.lora_rank}"
+        elif work.offload_optimizer:
             notes["gradients, Adam"] = "masters and moments off the device"
-        elif not work.lora_rank and self.machine.count > 1:
+        elif self.machine.count > 1:
             notes["gradients, Adam"] = f"masters and moments shared out among {self.machine.count}"
         for name, size in [*self.kept.items(), *self.phases.items()]:
             lines.append(f"  {name:18}{size / 1e9:7.1f}  {notes.get(name, '')}".rstrip())

@@ -93,6 +93,8 @@ class Scorer(torch.nn.Module):
         work.forwards, work.images = work.forwards + 1, work.images + len(prompts.image_grid_thw)
         work.rows, work.repeated_rows = work.rows + len(copy_of), work.repeated_rows + len(copy_of) - len(first)
         work.scored_tokens = work.scored_tokens + completion_mask.sum()
+        if torch.is_grad_enabled():
+            work.trained_tokens = work.trained_tokens + prompts.attention_mask.sum() + completion_mask.sum()
         with policy.autocast():
             prefix = forward_prompts(model, prompts, self.gradient_checkpointing)
             size = max(1, self.slice_tokens // completion_ids.shape[1])

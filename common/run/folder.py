@@ -3,6 +3,7 @@ or a tensor file that is read without running code.
 
     args.json          what the run was started with
     plan.json          what it has chosen on a GPU, so that it fits
+    machine.json       what the device does at its best, for the cost card
     metrics.jsonl      a line a step
     completions.jsonl  some completions of each step
     remarks.jsonl      what preflight and doctor have found
@@ -46,6 +47,7 @@ from common.run.page import keep_pictures, read_lines, read_object, write_page
 from common.run.plot import plot_learning_curve
 from common.run.preflight import preflight
 from common.run.progress import Progress, step_text
+from common.run.rates import rates
 from common.run.settings import plan_of
 
 BAD_STEPS_IN_A_ROW = 5
@@ -95,7 +97,7 @@ class Run:
         self.bad_steps = self.bad_in_a_row = 0
         self.stop_requested = False
         self.progress = Progress(0, name="loading") if self.main else None
-        self.meter.begin = self.begin_step
+        self.meter.begins = self.show_phase
         self.settings = {**asdict(args), "script": script}
         self.doctor, self.first_step, self.page_written = Doctor(self.settings), 0, time.monotonic()
         if args.track and args.track not in TRACKERS:
@@ -126,7 +128,7 @@ class Run:
             if not self.args.resume and any(
                 p.is_file()
                 for p in self.folder.rglob("*")
-                if p.name not in ("args.json", ".args.json.writing", "plan.json", ".lock")
+                if p.name not in ("args.json", ".args.json.writing", "plan.json", "machine.json", ".lock")
             ):
                 raise SystemExit(
                     f"--out {self.folder}: the folder is not empty; continue that run with --resume {self.folder}, or "
@@ -239,12 +241,12 @@ class Run:
         self.accelerator.wait_for_everyone()
         return result
 
-    def begin_step(self) -> None:
-        """The bar is there from the first step on, so that the rate is that of training."""
+    def show_phase(self, phase: str) -> None:
+        """A phase of a step begins. The bar is there from the first step on, so that the rate is that of training."""
         if self.main and self.progress is None:
             self.progress = Progress(self.args.steps, self.first_step, leave=True)
         if self.main:
-            self.progress.phase("this step")
+            self.progress.phase(phase)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl, the trackers, the progress bar, and what the doctor says. NaN and infinity are
@@ -339,6 +341,8 @@ class Run:
         Raises:
             SystemExit: one line, on every process, when it cannot be written; older checkpoints are not touched.
         """
+        if self.progress:
+            self.progress.phase("checkpoint")
         weights = whole(masters(policy, optimizer), keep=self.main)
         trainer = {"step": step, "optimizer": whole(optimizer.state_dict(), keep=self.main)}
         trainer["non_finite_gradients"] = self.bad_steps
@@ -374,6 +378,8 @@ class Run:
             self.close_bar()
             known = (read_lines(self.folder / name) for name in ("metrics.jsonl", "remarks.jsonl"))
             self.doctor = Doctor(self.settings, *known)
+            with one_line(str(self.folder)):
+                write(self.folder / "machine.json", json.dumps(rates(policy, self.accelerator.num_processes), indent=1))
         self.first_step = step
         return step
 

@@ -12,6 +12,8 @@ from accelerate.utils import gather_object
 
 from common.model.load import Work
 
+FOLLOWING = {"sample": "reward", "reward": "update"}  # phases, and which is begun when one is over
+
 
 class Meter:
     """Means and totals of a training step, by name.
@@ -25,7 +27,7 @@ class Meter:
         self.means: dict[str, list] = {}  # name -> [sum of values, number of values], both of this process and step
         self.totals: dict[str, object] = {}
         self.work = Work()  # of the policy that is trained, once there is one
-        self.begin = lambda: None  # called when a step begins
+        self.begins = lambda phase: None  # called when a step's first phase begins, and each that follows
         self.start()
 
     def start(self) -> None:
@@ -33,7 +35,7 @@ class Meter:
         self.seconds: dict[str, float] = {}
         self.started = self.lapped = time.perf_counter()
         self.work.clear()  # what evaluations have done since the last step is not the step's
-        self.begin()
+        self.begins("sample")
 
     def add(self, name: str, values: torch.Tensor | Sequence[float] | float, mask: torch.Tensor | None = None) -> None:
         """Count values into the mean `name`: a tensor's, those inside `mask` (bool, of the same shape), or numbers.
@@ -90,10 +92,11 @@ class Meter:
                 self.total(f"verdicts/{status}", count)
 
     def lap(self, phase: str) -> None:
-        """The time since the last lap was spent on `phase`."""
+        """The time since the last lap was spent on `phase`, which is over."""
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.lapped
         self.lapped = now
+        self.begins(FOLLOWING.get(phase, "this step"))
 
     def reduce(self) -> dict[str, float]:
         """The step's figures over all processes, and the seconds of this one in it and in each phase."""

@@ -26,6 +26,7 @@ METRICS = {
     "tokens_per_second": "sampled tokens over the whole step's time",
     "seconds": "time of the step, without evaluation and saving",
     "seconds/*": "of it, in this phase",
+    "cost/trained_tokens": "tokens of prompts and completions that were scored with a gradient, repeated ones once",
     "cost/*": "forwards, pictures encoded, tokens, completions and repeated ones of the step's sampling and scoring",
     "memory_gib": "peak memory so far, in GiB, of the device or, without one, of the process",
     "eval/accuracy": "greedy accuracy on held-out examples",

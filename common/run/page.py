@@ -23,7 +23,7 @@ from typing import Annotated
 import tyro
 from PIL import Image
 
-from common.run.cost import cost_card, count, duration
+from common.run.cost import against, cost_card, count, duration
 from common.run.files import one_line, write
 
 POINTS = 240  # of a curve
@@ -58,6 +58,9 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothi
 STYLE = Path(__file__).with_suffix(".css")
 QUIET = {"kl", "mismatch", "clip_ratio/*_mean", "completions/clipped_ratio"}  # no chart where it is never above 1e-4
 SERIES = 4  # lines of a chart
+# What two runs must have in common for their seconds a step to be compared.
+ALIKE = ("model", "data", "max_pixels", "lora_rank", "freeze", "prompts_per_step", "group_size")
+ALIKE += ("max_completion_length", "updates_per_rollout", "epochs_per_rollout", "micro_batch_tokens", "slots")
 
 
 @dataclass
@@ -122,6 +125,22 @@ def shown_completions(folder: Path) -> dict[int, list[dict]]:
     if len(numbers) > SHOWN_STEPS:  # the first, the last, and evenly between
         numbers = [numbers[round(i * (len(numbers) - 1) / (SHOWN_STEPS - 1))] for i in range(SHOWN_STEPS)]
     return {step: rows for step in numbers if (rows := parsed(steps[step][:SHOWN_ROWS]))}
+
+
+def grpo_beside(folder: Path, args: dict) -> Path | None:
+    """A finished run of grpo.py in the same parent folder, on the same machine with the same model, data, batch and
+    lengths; one of the same seed if there is one."""
+    if args.get("script") in (None, "grpo"):
+        return None
+    device = read_object(folder / "machine.json").get("device")
+    found = []
+    for summary in sorted(folder.resolve().parent.glob("*/summary.json")):
+        other = read_object(summary.with_name("args.json"))
+        same = all(other.get(name) == args.get(name) for name in ALIKE)
+        same = same and read_object(summary.with_name("machine.json")).get("device") == device
+        if other.get("script") == "grpo" and same:
+            found.append((other.get("seed") != args.get("seed"), summary.parent))
+    return min(found)[1] if found else None
 
 
 # ------------------------------------------------------------------------------------------------ pieces of the page
@@ -367,6 +386,9 @@ def page(folder: Path) -> str:
     state = "finished" if summary else "under way or stopped; reload the page for later steps"
     spent = duration(sum(line["seconds"] for line in lines if finite(line.get("seconds"))))
     name = folder.resolve().name
+    cost = cost_card(lines, read_object(folder / "machine.json"))
+    if other := grpo_beside(folder, args):
+        cost |= against(lines, other.name, read_lines(other / "metrics.jsonl"))
     said = "".join(
         f"<li><small>{n} · step {plain(remark.get('step'))} · {plain(remark.get('rule')).replace('_', ' ')}</small>"
         f"{flags(plain(remark.get('text')))}</li>"
@@ -376,7 +398,7 @@ def page(folder: Path) -> str:
         "Remarks": said and f"<ol class=remarks>{said}</ol>",
         "Curves": lines and f"<div class=charts>{charts(lines, remarks)}</div>",
         "Completions": completions(folder),
-        "Cost": lines and table(cost_card(lines)),
+        "Cost": lines and table(cost),
         "Configuration": args and table({key: "" if value is None else value for key, value in args.items()}),
     }
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections.items() if content)

@@ -228,6 +228,7 @@ def plan_of(args: Settings, machine: Machine, splits: Sequence[Sequence] = ()) -
         pictures=pictures,
         prompt_a_row=noisy,
         lora_rank=args.lora_rank,
+        freeze_vision=args.freeze == "vision",
         reference=bool(args.kl_coef) and not args.lora_rank,
         slots=args.slots,
         micro_batch_tokens=args.micro_batch_tokens,
