@@ -36,11 +36,11 @@ def remarks(folder: Path) -> dict[str, dict]:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_healthy_run_gets_no_remark(script):
-    """The metrics of the first 100 steps of each script at its defaults, as they were recorded, with its arguments."""
+    """The metrics of the first 150 steps of each script at its defaults, as they were recorded, with its arguments."""
     recorded = json.loads((Path(__file__).parent / "healthy_runs.json").read_text())[script]
     doctor = Doctor(recorded["args"])
     names, steps = list(recorded["metrics"]), len(recorded["metrics"]["reward"])
-    assert steps == 100
+    assert steps == 150
     for step in range(steps):
         assert doctor.examine(step, {name: recorded["metrics"][name][step] for name in names}) == []
 

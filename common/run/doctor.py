@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from statistics import median
 
 from common.rewards.answers import extract
@@ -49,14 +50,15 @@ def verdicts(history: list[dict], steps: int) -> dict[str, float]:
 
 def fell(history: list[dict], name: str, window: int) -> tuple[float, float] | None:
     """From where to where a metric fell: its best mean over `window` steps, and the mean of the last ones, if the loss
-    is more than half and more than four standard errors of the difference of two such means."""
+    is more than half and more than five standard errors of the difference of two such means: the best of many is one of
+    many by luck, too. A step's own error is read off neighbouring steps, which hardly differ by anything else."""
     values = last(history, name, len(history))
     if len(values) < 2 * window:
         return None
     means = [mean(values[i : i + window]) for i in range(len(values) - window + 1)]
     best, now = max(means[:-window]), means[-1]
-    noise = max(spread(values[i : i + window]) for i in (means.index(best), len(values) - window))
-    return (best, now) if best - now > max(best / 2, 4 * noise * math.sqrt(2 / window)) else None
+    noise = math.sqrt(mean([(b - a) ** 2 for a, b in pairwise(values)]) / 2)
+    return (best, now) if best - now > max(best / 2, 5 * noise * math.sqrt(2 / window)) else None
 
 
 # ------------------------------------------------------------------------------------------------------ the rules
