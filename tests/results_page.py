@@ -40,14 +40,15 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
-def span(figure: str, cell: dict) -> str:
-    """Difference to the first method, with its interval where there are seeds enough."""
+def span(figure: str, cell: dict, first: dict) -> str:
+    """Difference to the first method with its interval; of fewer than three seeds each seed's difference."""
     if "difference" not in cell:
         return ""
-    text = number(figure, cell["difference"], True)
-    if cell["difference_ci"]:
-        text += f" ({' to '.join(number(figure, x, True) for x in cell['difference_ci'])})"
-    return text
+    if len(cell["seeds"]) < 3:
+        pairs = zip(cell["seeds"], first["seeds"], strict=True)
+        return ", ".join(number(figure, own - other, True) for own, other in pairs)
+    ends = " to ".join(number(figure, x, True) for x in cell["difference_ci"])
+    return f"{number(figure, cell['difference'], True)} ({ends})"
 
 
 def methods_table(name: str, columns: dict[str, str], main: str, only: tuple[str, ...] = ()) -> str:
@@ -58,7 +59,7 @@ def methods_table(name: str, columns: dict[str, str], main: str, only: tuple[str
     for method, own in figures.items():
         if not only or method in only:
             cells = [number(f, own[f]["mean"]) if f in own else "" for f in columns.values()]
-            lines.append([method, *cells, span(main, own[main])])
+            lines.append([method, *cells, span(main, own[main], figures[first][main])])
     return markdown(lines)
 
 
@@ -108,7 +109,7 @@ BLOCKS = {
 def filled(text: str) -> str:
     """A page with the blocks that its comments name."""
     return re.sub(
-        r"(<!-- results ([\w-]+) -->\n)(?:.*?\n)?(<!-- end -->)",
+        r"(<!-- results ([\w-]+) -->\n)(?:.*?\n)??(<!-- end -->)",
         lambda m: f"{m[1]}\n{BLOCKS[m[2]]()}\n\n{m[3]}",
         text,
         flags=re.S,
@@ -122,7 +123,9 @@ def readme(text: str) -> str:
         (n,) = (n for n, line in enumerate(lines) if line.startswith(f"| `{script}.py` |"))
         cells = lines[n].split(" | ")
         own = figures[method]["test, sampled"]
-        cells[5] = number("", own["mean"]) + " %" if method == "GRPO" else span("", own)
+        cells[5] = (
+            number("", own["mean"]) + " %" if method == "GRPO" else span("", own, figures["GRPO"]["test, sampled"])
+        )
         lines[n] = " | ".join(cells)
     return filled("\n".join(lines))
 

@@ -40,6 +40,21 @@ def test_short_curves_are_drawn_as_they_are_and_steps_count_from_1(tmp_path, mon
     assert list(drawn[0][0]) == [1, 2, 3] and drawn[0][1] == [0.0, 1.0, 0.0]
 
 
+def test_evaluations_are_joined_and_not_smoothed(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: drawn.append((a, k)) or plot(self, *a, **k))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lines = [{"step": n, "reward": 0.5} | ({"eval/accuracy": n / 60} if n % 20 == 0 else {}) for n in range(1, 61)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    main(Args(runs=(str(folder),), metrics=("eval/accuracy", "reward"), out=str(tmp_path / "out.png")))
+    (points, kept), (reward, _) = drawn
+    assert points == ([20, 40, 60], [20 / 60, 40 / 60, 1.0]) and kept["marker"] == "o"
+    assert len(reward[1]) == 60
+
+
 def test_curves_that_coincide_are_seen_and_runs_of_two_experiments_are_two(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 

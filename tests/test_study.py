@@ -39,7 +39,7 @@ def test_a_small_study(tmp_path, capsys, monkeypatch):
     assert (
         figures["dapo"]["test, greedy"]["difference"] == 0 and figures["dapo"]["test, greedy"]["difference_ci"] is None
     )
-    assert {"test, unseen corruptions", "accuracy, misleading hint", "purple read right"} < set(figures["dapo"])
+    assert {"test, unseen corruptions", "accuracy, right hint", "purple read right"} < set(figures["dapo"])
     assert "area under the validation curve" not in figures["before"], "which has no steps"
     assert [step for step, _ in results["curves"]["grpo"][0]] == [1] and (tmp_path / "curves.png").is_file()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
@@ -58,6 +58,7 @@ def test_a_small_study(tmp_path, capsys, monkeypatch):
 def test_a_study_goes_on_with_fewer_corruptions_and_a_new_seed(tmp_path, monkeypatch):
     """The first seed's file holds cells that nobody asks for any more, and that the new seed does not have."""
     monkeypatch.setattr("subprocess.run", lambda *args, **kwargs: SimpleNamespace(returncode=0))
+    monkeypatch.setattr("common.evaluation.study.evaluate_before", lambda *_: {})
     for seed, held in ((1, ("clean/0", "fog/3", "fog/5", "contrast/5")), (2, ("clean/0", "fog/5"))):
         run = tmp_path / f"grpo-seed{seed}"
         (run / "evaluations").mkdir(parents=True)
@@ -87,16 +88,19 @@ def test_a_run_is_evaluated_on_its_own_data(tmp_path, monkeypatch, capsys):
             (run / "evaluations").mkdir(parents=True)
             (run / "summary.json").write_text("{}")
             trained = {"data": "shapes.jsonl", "kind": "int", "max_pixels": 4096, "max_prompt_length": 300}
+            trained |= {"model": "tiny", "prompt_template": "{question}", "max_completion_length": 9}
             (run / "args.json").write_text(json.dumps(trained))
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr("subprocess.run", evaluated)
     flags = "--data shapes.jsonl --kind int --test-split exam --max-pixels 4096 --max-prompt-length 300"
     main(Args(methods=(f"grpo: grpo.py {flags}",), out=str(tmp_path), seeds=(1,)))
-    (command,) = seen
-    assert command[command.index("--split") + 1] == "exam"
-    words = " ".join(command)
-    assert "--data shapes.jsonl --kind int --max-pixels 4096 --max-prompt-length 300" in words
+    for command in seen:
+        assert command[command.index("--split") + 1] == "exam"
+        assert "--data shapes.jsonl --kind int --max-pixels 4096 --max-prompt-length 300" in " ".join(command)
+    _, before = seen
+    assert before[before.index("--model") + 1] == "tiny", "the policy that the run began with, asked in its words"
+    assert before[-2:] == ["--prompt-template={question}", "--max-completion-length=9"]
     assert "exam: 2 examples, seeds 1" in capsys.readouterr().out
 
 
@@ -108,7 +112,7 @@ def test_a_run_is_evaluated_on_its_own_data(tmp_path, monkeypatch, capsys):
         ({"methods": ("a: grpo.py", "a: roma.py")}, "--methods 'a: roma.py': there are two of the name 'a'"),
         ({"corruptions": ("rain",)}, "--corruptions: corruption 'rain' is not one of"),
         ({"corruptions": ("fog",), "severities": (0, 6)}, "--severities 0 6: each must be one of 1 to 5"),
-        ({"jobs": -1}, "--limit, --methods, --seeds: at least one of each; --jobs, --look: at least 0"),
+        ({"jobs": -1}, "--limit, --methods, --seeds: at least one of each; the other numbers: at least 0"),
         (
             {"methods": ("a: grpo.py --stepz 3",)},
             r"--methods 'a: grpo.py --stepz 3': Unrecognized options: --stepz, 3$",

@@ -108,7 +108,9 @@ def plot_curves(curves: dict[str, list[list[tuple[int, float]]]], path: str | Pa
     for method, runs in curves.items():
         steps = [step for step, _ in runs[0]]
         values = 100 * np.array([[value for _, value in run] for run in runs])
-        (line,) = axis.plot(steps, values.mean(0), label=f"{method} ({len(runs)} seeds)", linewidth=1.8)
+        (line,) = axis.plot(
+            steps, values.mean(0), label=f"{method} ({len(runs)} seed{'s' * (len(runs) > 1)})", linewidth=1.8
+        )
         axis.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.12)
     axis.set(xlabel="optimizer steps", ylabel="greedy accuracy on validation examples (%)", title=title)
     axis.grid(alpha=0.3)

@@ -110,8 +110,8 @@ def evaluate_before(args: Args, name: str, seed: int) -> dict[str, float]:
     """The same figures of the policy that a run began with, asked in the run's words."""
     trained, folder = read_settings(args, Path(args.out) / f"{name}-seed{seed}"), Path(args.out) / "before"
     folder.mkdir(exist_ok=True)
-    words = ["--prompt-template", trained["prompt_template"]]
-    words += ["--max-completion-length", str(trained["max_completion_length"])]
+    words = [f"--prompt-template={trained['prompt_template']}"]
+    words += [f"--max-completion-length={trained['max_completion_length']}"]
     run = lambda arguments: execute(args, "before", seed, [*arguments, *words], folder / "log")
     args = replace(args, corruptions=(), look=0)
     return evaluate_policy(args, folder.resolve(), trained["model"], trained, run)["figures"]
@@ -127,10 +127,9 @@ def evaluate_policy(
     """What a study measures of a policy on the data of the settings `trained`; `run` executes a command, and what it
     finds is kept in `folder`."""
     columns = [word for key in DATA if trained.get(key) for word in (f"--{key.replace('_', '-')}", trained[key])]
-    more = [
-        f"--max-pixels={trained.get('max_pixels', 0)}",
-        f"--max-prompt-length={trained.get('max_prompt_length', 0)}",
-    ]
+    more = []
+    for key in ("max_pixels", "max_prompt_length"):
+        more += [f"--{key.replace('_', '-')}", str(trained.get(key, 0))]
     cells, figures = {}, {}
     for split in args.splits:
         file = folder / "evaluations" / f"{split}-{args.limit}.json"

@@ -81,16 +81,21 @@ def plot_metrics(runs: dict[str, list[list[dict]]], patterns: tuple[str, ...], o
         half = half_window(max(len(line) for lines in curves.values() for line in lines))
         for n, ((method, name), lines) in enumerate(curves.items()):
             columns = list(zip(*(smooth(line, half) for line in lines), strict=False))  # as far as every run has come
+            steps = range(1, len(columns) + 1)
+            rare = [n for n, values in enumerate(zip(*lines, strict=False)) if not any(map(math.isnan, values))]
+            evaluated = 0 < 2 * len(rare) < len(columns)
+            if evaluated:  # as they are, and joined
+                columns, steps = [[line[n] for line in lines] for n in rare], [n + 1 for n in rare]
             mean = [sum(column) / len(column) for column in columns]
             label = method if name == pattern else f"{method}: {name}"
-            steps = range(1, len(mean) + 1)
             # Curves that lie on each other are told apart: the later the thinner, and broken.
             style = {"linestyle": ("-", "--", "-.", ":")[n % 4], "linewidth": max(1.0, 2.6 - 0.4 * n)}
+            style["marker"] = "o" if evaluated else None
             (line,) = axis.plot(steps, mean, label=label, **style)
             if len(lines) > 1:
                 low, high = zip(*((min(column), max(column)) for column in columns), strict=True)
                 axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        axis.set(title=pattern, xlabel=step_label(half), ylabel=unit_of(next(iter(curves))[1]))
+        axis.set(title=pattern, xlabel="step" if evaluated else step_label(half), ylabel=unit_of(next(iter(curves))[1]))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.savefig(out, dpi=110)
