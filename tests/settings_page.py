@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FILES = ["common/run/settings.py", "grpo.py", "roma.py", "vppo.py", "vgpo.py", "noisy_grpo.py"]
-FILES += ["common/evaluation/__main__.py", "common/evaluation/look.py", "common/evaluation/study.py"]
+FILES += [f"common/evaluation/{name}.py" for name in ("__main__", "look", "probes", "gradients", "study")]
 FILES += ["common/run/plot.py", "common/run/card.py", "common/corruptions.py", "common/tiny/recipe.py"]
 
 
