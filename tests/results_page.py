@@ -96,6 +96,7 @@ def gradients_rows(name: str) -> str:
 
 BLOCKS = {
     "default": lambda: methods_table("default", DEFAULT, "test, sampled"),
+    "default-2": lambda: methods_table("default_2", DEFAULT, "test, sampled"),
     "default-made-by": lambda: provenance("default"),
     "shortcut": lambda: methods_table("shortcut_75", SHORTCUT, MISLED),
     "shortcut-short": lambda: methods_table("shortcut_75", SHORTCUT, MISLED, FIRST),
@@ -118,14 +119,13 @@ def filled(text: str) -> str:
 
 def readme(text: str) -> str:
     """README.md with its blocks and, in the table of methods, each one's effect."""
-    figures, lines = study("default")["figures"], text.split("\n")
+    one, two, lines = study("default")["figures"], study("default_2")["figures"], text.split("\n")
     for script, method in SCRIPTS.items():
         (n,) = (n for n, line in enumerate(lines) if line.startswith(f"| `{script}.py` |"))
         cells = lines[n].split(" | ")
-        own = figures[method]["test, sampled"]
-        cells[5] = (
-            number("", own["mean"]) + " %" if method == "GRPO" else span("", own, figures["GRPO"]["test, sampled"])
-        )
+        own = {name: figures["test, sampled"] for name, figures in (two if method in two else one).items()}
+        mean = f"{number('', own[method]['mean'])} %"
+        cells[5] = mean if method == "GRPO" else span("", own[method], own["GRPO"])
         lines[n] = " | ".join(cells)
     return filled("\n".join(lines))
 
