@@ -91,8 +91,9 @@ def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> 
         trained_by.write_text(shlex.join(command))
     if not (folder / "summary.json").is_file():
         begun = any(folder.glob("checkpoints/step-*/complete"))
-        run = [*command, "--seed", str(seed), "--test-examples", "0", "--eval-every", str(args.curve), "--no-preflight"]
-        execute(args, name, seed, [*run, "--resume" if begun else "--out", str(folder.resolve())], log)
+        flags = ["--seed", str(seed), "--test-examples", "0", "--eval-every", str(args.curve), "--no-preflight"]
+        place = ["--resume" if begun else "--out", str(folder.resolve())]
+        execute(args, name, seed, [*command, *flags, *place], log)
         if not (folder / "summary.json").is_file():  # a run that was told to stop has saved and ends without an error
             raise SystemExit(f"{name}, seed {seed}: stopped before its end; the same command goes on")
     run = lambda arguments: execute(args, name, seed, arguments, log)
@@ -249,7 +250,7 @@ def main(args: Args) -> None:
             raise SystemExit(
                 f"--methods {method!r}: the name {name!r} must be letters, digits, spaces and any of . _ + -"
             )
-        if name in commands:
+        if name in (*commands, "before"):
             raise SystemExit(f"--methods {method!r}: there are two of the name {name!r}")
         commands[name] = shlex.split(command)
         methods[name] = settings_of_method(method, commands[name])
@@ -321,8 +322,12 @@ def main(args: Args) -> None:
     for name in commands:
         own = [results[name, seed]["figures"] for seed in args.seeds]
         figures[name] = {figure: [run[figure] for run in own] for figure in own[0] if all(figure in run for run in own)}
-    before = evaluate_before(args, next(iter(commands)), args.seeds[0])
-    summary = {"before": {name: {"mean": value} for name, value in before.items()}, **compare(figures)}
+    summary = compare(figures)
+    try:
+        before = evaluate_before(args, next(iter(commands)), args.seeds[0])
+        summary = {"before": {name: {"mean": value} for name, value in before.items()}, **summary}
+    except SystemExit as error:  # say the checkpoint that they began with is gone
+        print(f"without the policy before training: {error}")
     print(f"\nmeans over seeds; in brackets the paired difference to {next(iter(commands))}, 95 % over seeds")
     print(comparison_table(summary))
     curves = {name: [results[name, seed]["curve"] for seed in args.seeds] for name in commands}
