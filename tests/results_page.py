@@ -73,6 +73,16 @@ def hints_table() -> str:
     return markdown(lines)
 
 
+def levels_table() -> str:
+    """Validation accuracy and gradient norm of NoisyGRPO at its own and at lower noise levels, beside GRPO."""
+    runs = study("noisy_levels")["runs"]
+    steps = [step for step, _ in runs["GRPO"]["curve"]]
+    lines = [["", *(f"after {step} steps" for step in steps), "gradient norm"]]
+    for method, run in runs.items():
+        lines.append([method, *(number("", value) for _, value in run["curve"]), f"{run['grad_norm']:.2f}"])
+    return markdown(lines)
+
+
 def provenance(name: str) -> str:
     """What made a study: seeds, versions, date, and the commands of its methods."""
     s = study(name)
@@ -102,6 +112,8 @@ BLOCKS = {
     "shortcut-short": lambda: methods_table("shortcut_75", SHORTCUT, MISLED, FIRST),
     "shortcut-made-by": lambda: provenance("shortcut_75"),
     "hints": lambda: hints_table(),
+    "noisy-levels": lambda: levels_table(),
+    "noisy-levels-made-by": lambda: provenance("noisy_levels"),
     "gradients-made-by": lambda: provenance("gradients"),
     "gradients": lambda: gradients_rows("gradients"),
 }
