@@ -1,5 +1,5 @@
 """`python -m tests.results_page` writes the results in README.md and docs/, and their plots, from docs/studies/*.json:
-files that the commands named there have written. Nothing in these tables is typed by hand."""
+what the commands named there have written; onset and noisy_levels are gathered from single runs. No table is typed."""
 
 import json
 import re
@@ -94,14 +94,12 @@ def provenance(name: str) -> str:
 
 def gradients_rows(name: str) -> str:
     lines = [["", "cosine with the truth", "noise", "direction", "gain of a step (points)"]]
-    for method, f in json.loads((ROOT / f"docs/studies/{name}.json").read_text())["summary"].items():
+    for method, f in study(name)["summary"].items():
         cosine = "{:.3f} ({:.3f} to {:.3f})".format(f["cosine"], *f["cosine_ci"]) if "cosine" in f else ""
         direction = f"{f['direction']:.2f}" if f.get("direction") is not None else ""
-        gain = (
-            "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in (f["gain"], *f["gain_ci"]))) if "gain" in f else ""
-        )
+        gain = "{} ({} to {})".format(*(number("", x, True) for x in (f["gain"], *f["gain_ci"])))
         lines.append([method, cosine, f"{f['noise']:.3f}", direction, gain])
-    return markdown(lines).replace("-0", "−0").replace("-1", "−1").replace("-2", "−2")
+    return markdown(lines)
 
 
 BLOCKS = {

@@ -334,7 +334,7 @@ def test_figures_of_several_benchmarks_are_means_over_benchmarks(tmp_path, monke
         return {"rows": [{"correct": [float(n < right)]} for n in range(len(examples))]}
 
     monkeypatch.setattr("common.evaluation.robustness.evaluate", evaluate)
-    monkeypatch.setattr(command, "load_examples", lambda name, *args, **kwargs: [name] * sizes[name])
+    monkeypatch.setattr("common.evaluation.accuracy.load_examples", lambda name, *args, **kwargs: [name] * sizes[name])
     monkeypatch.setattr(command, "load_policy", lambda *args, **kwargs: None)
     args = Args(
         benchmark=("mmstar", "chartqa"), corruptions=("gaussian_noise", "jpeg_compression", "fog"),
@@ -574,7 +574,7 @@ def full(*args, **kwargs):
 def test_on_a_full_disk_the_table_is_printed_all_the_same(corruptions, tmp_path, monkeypatch, capsys):
     sheep = Sheep(monkeypatch)
     monkeypatch.setattr(command, "load_policy", lambda *args, **kwargs: sheep)
-    monkeypatch.setattr(command, "load_examples", lambda *args, **kwargs: EXAMPLES)
+    monkeypatch.setattr("common.evaluation.accuracy.load_examples", lambda *args, **kwargs: EXAMPLES)
     monkeypatch.setattr(command, "write_results", full)
     line = r"--out .*r.json: cannot be written \(No space left on device\); what was there stays"
     with pytest.raises(SystemExit, match=line):

@@ -18,10 +18,9 @@ from pathlib import Path
 import torch
 
 from common.corruptions import check_corruptions, choose
-from common.data.examples import load_examples
 from common.data.messages import check_template
 from common.data.sets import SOURCES, special_scores
-from common.evaluation.accuracy import aligned, evaluate, fitting_examples, table
+from common.evaluation.accuracy import aligned, asked_examples, evaluate, table
 from common.evaluation.robustness import (
     CLEAN,
     plot_robustness,
@@ -143,11 +142,9 @@ def evaluate_on(args: Args) -> tuple[dict[str, dict], dict[str, dict]]:
     marks = {name: mark(newest_checkpoint(name)) for name in args.model}
     for held in marks.values():  # before the first one is evaluated
         check_model(held["checkpoint"])
-    names = ("image_column", "question_column", "answer_column", "kind", "image_root")
-    columns = {name: getattr(args, name) for name in names}
     limit = (500 if args.data.split(":")[0] == "puzzles" else 0) if args.limit is None else args.limit
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    examples = fitting_examples(args, load_examples(args.data, args.split, limit=limit or None, **columns), device)
+    examples = asked_examples(args, limit or None, device)
     # Settings that change what a cell holds; the models and the cells asked for may differ from what a file has.
     settings = asdict(args) | dict.fromkeys(("model", "corruptions", "severities", "out", "batch_prompts"))
     held = known_results(args.out, settings | {"limit": len(examples)}, marks)
@@ -248,9 +245,8 @@ def known_results(out: str, settings: dict, marks: dict[str, dict]) -> dict:
         return {"args": settings, "models": {}}
     for key, value in json.loads(json.dumps(settings)).items():
         before = held["args"].get(key, getattr(Args, key))  # a file from before there was such a flag
-        if (
-            value is not None and before != value and key != "limit"
-        ):  # of which the file's examples tell more than what was asked for
+        # Of the limit the file's examples tell more than what was asked for.
+        if value is not None and before != value and key != "limit":
             flag = "--" + key.replace("_", "-")
             raise SystemExit(f"--out {out}: {flag} was {before!r} there and is {value!r} now; name another file")
     try:

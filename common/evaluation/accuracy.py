@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from common.corruptions import corrupt
-from common.data.examples import Example
+from common.data.examples import Example, load_examples
 from common.data.lengths import leave_out_long
 from common.data.messages import TEMPLATE, build_messages
 from common.model.load import Policy, encode_prompts, load_policy, newest_checkpoint
@@ -12,6 +12,8 @@ from common.model.sampling import decode, sample, uniform_numbers
 from common.rewards.answers import score
 from common.run.checkpoints import settings_of
 from common.run.progress import Progress, counted
+
+COLUMNS = ("image_column", "question_column", "answer_column", "kind", "image_root")  # flags beside `data`
 
 
 def evaluate(
@@ -90,9 +92,11 @@ def evaluate(
     return summarize(rows)
 
 
-def fitting_examples(args, examples: Sequence[Example], device: str) -> Sequence[Example]:
-    """The examples without those whose prompts have more than `args.max_prompt_length` tokens (0: all of them): of the
-    first of `args.model`, so that every model answers the same."""
+def asked_examples(args, limit: int | None, device: str) -> Sequence[Example]:
+    """The examples that an evaluation's flags name, without those whose prompts have more than `args.max_prompt_length`
+    tokens (0: all of them): of the first of `args.model`, so that every model answers the same."""
+    columns = {name: getattr(args, name) for name in COLUMNS}
+    examples = load_examples(args.data, args.split, limit=limit, **columns)
     if not args.max_prompt_length:
         return examples
     name = args.model[0]

@@ -72,11 +72,11 @@ def scale_of(name: str) -> tuple[float, int]:
     return (1.0, 3) if any(word in name for word in ("nats", "entropy", "seconds", "norm")) else (100.0, 1)
 
 
-def comparison_rows(summary: dict[str, dict[str, dict]], names: Sequence[str] = ()) -> list[list[str]]:
+def comparison_rows(summary: dict[str, dict[str, dict]]) -> list[list[str]]:
     """Cells of a table, a line a figure, a column a method: means, and differences with their intervals where there
-    are some; of `names`, or all."""
+    are some."""
     rows = [["", *summary]]
-    for name in names or dict.fromkeys(n for figures in summary.values() for n in figures):
+    for name in dict.fromkeys(n for figures in summary.values() for n in figures):
         if "share" in name and not any(f[name]["mean"] for f in summary.values() if name in f):
             continue  # nobody wrote such a section
         scale, digits = scale_of(name)
@@ -97,7 +97,7 @@ def comparison_table(summary: dict[str, dict[str, dict]]) -> str:
     return aligned(comparison_rows(summary))
 
 
-def plot_curves(curves: dict[str, list[list[tuple[int, float]]]], path: str | Path, title: str = "") -> None:
+def plot_curves(curves: dict[str, list[list[tuple[int, float]]]], path: str | Path) -> None:
     """Validation accuracy by step: a line a method, the mean over seeds, in a band from the lowest to the highest."""
     import matplotlib
 
@@ -112,7 +112,7 @@ def plot_curves(curves: dict[str, list[list[tuple[int, float]]]], path: str | Pa
             steps, values.mean(0), label=f"{method} ({len(runs)} seed{'s' * (len(runs) > 1)})", linewidth=1.8
         )
         axis.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.12)
-    axis.set(xlabel="optimizer steps", ylabel="greedy accuracy on validation examples (%)", title=title)
+    axis.set(xlabel="optimizer steps", ylabel="greedy accuracy on validation examples (%)")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=130)

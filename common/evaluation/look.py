@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.data.examples import Example, load_examples
+from common.data.examples import Example
 from common.data.messages import TEMPLATE, build_messages, check_template
-from common.evaluation.accuracy import aligned, at_most, fitting_examples
+from common.evaluation.accuracy import aligned, asked_examples, at_most
 from common.evaluation.robustness import bootstrap
 from common.model.load import Policy, encode_prompts, load_policy, newest_checkpoint, process_images
 from common.model.sampling import decode, sample, uniform_numbers
@@ -342,10 +342,8 @@ def main(args: Args) -> dict[str, dict]:
         raise SystemExit(f"--out {args.out}: not a folder")
     titles = [Path(name).name for name in args.model]
     titles = titles if len(set(titles)) == len(titles) else list(args.model)  # short where they stay distinct
-    names = ("image_column", "question_column", "answer_column", "kind", "image_root")
-    columns = {name: getattr(args, name) for name in names}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    examples = fitting_examples(args, load_examples(args.data, args.split, limit=args.limit, **columns), device)
+    examples = asked_examples(args, args.limit, device)
     with one_line(f"--out {args.out}"):
         folder.mkdir(parents=True, exist_ok=True)
     examples = [examples[n] for n in range(len(examples))]

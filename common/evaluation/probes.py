@@ -27,11 +27,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.data.examples import Example, load_examples
+from common.data.examples import Example
 from common.data.messages import TEMPLATE, build_messages, check_template
 from common.data.prompts import replace_images
 from common.data.puzzles import COLOURS, SHAPES, puzzle, solve
-from common.evaluation.accuracy import aligned, at_most, fitting_examples
+from common.evaluation.accuracy import aligned, asked_examples, at_most
 from common.evaluation.robustness import bootstrap
 from common.model.load import Policy, Prompts, encode_prompts, load_policy, newest_checkpoint
 from common.model.sampling import decode, sample, uniform_numbers
@@ -368,10 +368,8 @@ def main(args: Args) -> dict[str, dict]:
     folder = Path(args.out)
     if folder.exists() and not folder.is_dir():
         raise SystemExit(f"--out {args.out}: not a folder")
-    names = ("image_column", "question_column", "answer_column", "kind", "image_root")
-    columns = {name: getattr(args, name) for name in names}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    examples = fitting_examples(args, load_examples(args.data, args.split, limit=args.limit, **columns), device)
+    examples = asked_examples(args, args.limit, device)
     with one_line(f"--out {args.out}"):
         folder.mkdir(parents=True, exist_ok=True)
     examples = [examples[n] for n in range(len(examples))]

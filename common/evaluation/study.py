@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from common.corruptions import SEEN, UNSEEN, check_corruptions, choose
 from common.data.puzzles import SPLITS
+from common.evaluation.accuracy import COLUMNS
 from common.evaluation.comparison import AREA, SECONDS, area, compare, comparison_table, made_with, plot_curves
 from common.evaluation.look import FIGURES, summarize, summary_table
 from common.evaluation.robustness import CLEAN, mean_over_cells, plot_robustness, robustness_summary, robustness_table
@@ -37,7 +38,7 @@ from common.run.page import read_lines
 from common.run.settings import Settings, command_line, parse
 
 ROOT = Path(__file__).parents[2]
-DATA = ("data", "image_column", "question_column", "answer_column", "kind", "image_root")  # flags that name a set
+DATA = ("data", *COLUMNS)  # flags that name a set
 
 
 @dataclass

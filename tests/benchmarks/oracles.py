@@ -80,10 +80,7 @@ def main(oracle: str) -> None:
 
     def micro_batches(*arguments):
         for mb in plain[1](*arguments):
-            seen["ids"], seen["mask"] = (
-                mb.ids,
-                mb.completion_mask,
-            )  # of the completions that the loss is about to be taken of
+            seen["ids"], seen["mask"] = mb.ids, mb.completion_mask  # what the loss is about to be taken of
             yield mb
 
     def policy_loss(*arguments):
