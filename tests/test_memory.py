@@ -208,7 +208,7 @@ def test_every_form_of_running_out_of_memory_ends_in_one_line(error, monkeypatch
     def load_examples(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(command, "load_examples", load_examples)
+    monkeypatch.setattr("common.evaluation.accuracy.load_examples", load_examples)
     advice = "out of memory: lower --micro-batch-tokens .*--max-completion-length or --group-size"
     with pytest.raises(SystemExit, match=advice) as of_training:
         train()
