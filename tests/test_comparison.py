@@ -51,6 +51,27 @@ def test_the_area_weighs_steps_and_not_evaluations():
     assert area([(0, 0.0), (100, 1.0), (400, 1.0)]) == pytest.approx(0.875)
 
 
+def test_an_oracle_that_checks_readings_credits_each_by_its_own_truth(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    import oracles
+
+    from common.data.examples import load_examples
+    from common.model.load import load_policy
+
+    tokenizer, example = load_policy("tiny").tokenizer, load_examples("puzzles", "test", limit=1)[0]
+    assert oracles.true_readings(example) == ["d2", "purple"]
+    chain = "<think>yellow circle at {}. 2 right is d4. 2 up is b4. b4 is {}.</think>"
+    rows = [torch.tensor(tokenizer(chain.format(*read))["input_ids"]) for read in (("d2", "blue"), ("d3", "blue"))]
+    ids, plain = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([[1.5], [-1.5]])
+    credit = oracles.checked_advantages(tokenizer, ids, [example] * 2, plain, group_size=2)
+    for row, own, place in ((0, 1.5, 1.0), (1, -1.5, -1.0)):
+        by_text = {read: credit[row, tokens].tolist() for read, tokens in oracles.readings_of(tokenizer, ids[row])}
+        assert by_text.pop("blue") == [0.0], "wrong in both: nothing to choose"
+        ((_, values),) = by_text.items()
+        assert values == pytest.approx([place] * len(values), abs=1e-3)
+        assert (credit[row] == own).sum() == ids.shape[1] - len(values) - 1
+
+
 def test_curves_are_drawn(tmp_path):
     runs = [[(50, 0.4), (100, 0.6)], [(50, 0.5), (100, 0.7)]]
     plot_curves({"grpo": runs, "vppo": runs[::-1]}, tmp_path / "curves.png")

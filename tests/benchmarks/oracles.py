@@ -7,6 +7,7 @@
     undecided   all but the first word, with which a completion decides to look or to repeat a hint
     others      as a check of the checks: all tokens but these
     random      a tenth of each completion's tokens, at random: what training so few tokens does by itself
+    checked     all tokens; those of a reading have the advantage of that reading's being right, not of the answer's
 
 They are scripts like the five, so that `common.evaluation.study` and `common.evaluation.gradients` take them by name:
 --methods "grpo: grpo.py" "oracle: tests/benchmarks/oracles.py readings".
@@ -20,14 +21,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import grpo
-from common.data.puzzles import COLOURS, SHAPES, STEPS
+from common.data.examples import Example
+from common.data.puzzles import COLOURS, SHAPES, STEPS, puzzle, solve
 from common.run.settings import parse
 
 COLOUR, SHAPE, STEP = ("|".join(words) for words in (COLOURS, SHAPES, STEPS))
 READ = re.compile(
     rf"(?<!it )\bis ({COLOUR}|{SHAPE})\b|\bat ([a-d]?\d)|\bis bar (\d)|\bbar \d ({COLOUR}) (\d)|, ({STEP})\b"
 )
-ORACLES = ("readings", "late", "undecided", "others", "random")
+ORACLES = ("readings", "late", "undecided", "others", "random", "checked")
 
 
 def reading_spans(text: str) -> list[tuple[int, int]]:
@@ -58,18 +60,50 @@ def reading_mask(tokenizer, completion_ids: torch.Tensor, oracle: str) -> torch.
     if oracle == "undecided":
         mask[:, 2:] = True  # behind <think> and that word
         return mask
-    for r, row in enumerate(completion_ids.tolist()):
-        pieces = tokenizer.batch_decode([[token] for token in row])
-        ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0)
-        spans = reading_spans("".join(pieces))
-        for start, end in spans[-1:] if oracle == "late" else spans:
-            for t, last in enumerate(ends.tolist()):
-                mask[r, t] |= last - len(pieces[t]) < end and last > start
+    for r, row in enumerate(completion_ids):
+        found = readings_of(tokenizer, row)
+        for _, tokens in found[-1:] if oracle == "late" else found:
+            mask[r, tokens] = True
     return ~mask if oracle == "others" else mask
 
 
+def readings_of(tokenizer, ids: torch.Tensor) -> list[tuple[str, list[int]]]:
+    """What a completion `ids` [T] has read, and the positions of the tokens that say it."""
+    pieces = tokenizer.batch_decode([[token] for token in ids.tolist()])
+    text, ends = "".join(pieces), torch.tensor([len(piece) for piece in pieces]).cumsum(0).tolist()
+    inside = lambda t, start, end: ends[t] - len(pieces[t]) < end and ends[t] > start
+    return [(text[a:b], [t for t in range(len(ends)) if inside(t, a, b)]) for a, b in reading_spans(text)]
+
+
+def true_readings(example: Example) -> list[str]:
+    """What there is to read in a built-in puzzle, in the order of its chain of looks."""
+    split, index = example.id.split("/")
+    text = solve(puzzle(split, int(index))).text
+    return [text[a:b] for a, b in reading_spans(text)]
+
+
+def checked_advantages(
+    tokenizer, completion_ids: torch.Tensor, examples: list[Example], advantages: torch.Tensor, group_size: int
+) -> torch.Tensor:
+    """Advantages [R, T]: a row's own `advantages` [R, 1], but where its k-th reading stands 1 or 0 for its being right,
+    standardized over the group's k-th readings."""
+    result = advantages.expand(completion_ids.shape).clone()
+    for start in range(0, len(completion_ids), group_size):
+        by_place = {}  # k -> (right, row, positions) of the group's completions
+        truth = true_readings(examples[start])
+        for r in range(start, start + group_size):
+            for k, (read, tokens) in enumerate(readings_of(tokenizer, completion_ids[r])[: len(truth)]):
+                by_place.setdefault(k, []).append((float(read == truth[k]), r, tokens))
+        for found in by_place.values():
+            right = torch.tensor([x for x, _, _ in found])
+            z = (right - right.mean()) / (right.std(correction=0) + 1e-4)
+            for value, (_, r, tokens) in zip(z.tolist(), found, strict=True):
+                result[r, tokens] = value
+    return result
+
+
 def main(oracle: str) -> None:
-    plain, seen = (grpo.prepare, grpo.micro_batches, grpo.policy_loss), {}
+    plain, seen = (grpo.prepare, grpo.micro_batches, grpo.policy_loss, grpo.reward_completions, grpo.Batch), {}
     args = parse(grpo.Args)
     generator = torch.Generator().manual_seed(args.seed)
 
@@ -85,15 +119,30 @@ def main(oracle: str) -> None:
 
     def policy_loss(*arguments):
         losses, ratio = plain[2](*arguments)
+        if oracle == "checked":
+            return losses, ratio
         if oracle == "random":
             return losses * random_mask(seen["mask"].cpu(), 0.1, generator).to(losses.device), ratio
         return losses * reading_mask(seen["tokenizer"], seen["ids"], oracle), ratio
 
+    def reward_completions(reward, completions, examples, encoder):
+        seen["examples"] = examples
+        return plain[3](reward, completions, examples, encoder)
+
+    def batch(**fields):
+        if oracle == "checked":
+            own = (seen["tokenizer"], fields["ids"], seen["examples"], fields["advantages"], args.group_size)
+            fields["advantages"] = checked_advantages(*own)
+            nothing = (fields["advantages"] == 0).view(len(fields["kept"]) // args.group_size, -1).all(1)
+            fields["trained"] = fields["kept"] & ~nothing.repeat_interleave(args.group_size)
+        return plain[4](**fields)
+
     grpo.prepare, grpo.micro_batches, grpo.policy_loss = prepare, micro_batches, policy_loss
+    grpo.reward_completions, grpo.Batch = reward_completions, batch
     try:
         grpo.main(args)
     finally:  # the next script of this process is another
-        grpo.prepare, grpo.micro_batches, grpo.policy_loss = plain
+        grpo.prepare, grpo.micro_batches, grpo.policy_loss, grpo.reward_completions, grpo.Batch = plain
 
 
 if __name__ == "__main__":
