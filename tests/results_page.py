@@ -1,5 +1,5 @@
 """`python -m tests.results_page` writes the results in README.md and docs/, and their plots, from docs/studies/*.json:
-what the commands named there have written; onset and noisy_levels are gathered from single runs. No table is typed."""
+what the commands named there have written; noisy_levels is gathered from single runs. No table is typed."""
 
 import json
 import re
