@@ -104,7 +104,6 @@ def gradients_rows(name: str) -> str:
 
 BLOCKS = {
     "default": lambda: methods_table("default", DEFAULT, "test, sampled"),
-    "default-2": lambda: methods_table("default_2", DEFAULT, "test, sampled"),
     "default-made-by": lambda: provenance("default"),
     "shortcut": lambda: methods_table("shortcut_75", SHORTCUT, MISLED),
     "shortcut-short": lambda: methods_table("shortcut_75", SHORTCUT, MISLED, FIRST),
@@ -129,11 +128,11 @@ def filled(text: str) -> str:
 
 def readme(text: str) -> str:
     """README.md with its blocks and, in the table of methods, each one's effect."""
-    one, two, lines = study("default")["figures"], study("default_2")["figures"], text.split("\n")
+    lines = text.split("\n")
+    own = {method: figures["test, sampled"] for method, figures in study("default")["figures"].items()}
     for script, method in SCRIPTS.items():
         (n,) = (n for n, line in enumerate(lines) if line.startswith(f"| `{script}.py` |"))
         cells = lines[n].split(" | ")
-        own = {name: figures["test, sampled"] for name, figures in (two if method in two else one).items()}
         mean = f"{number('', own[method]['mean'])} %"
         cells[5] = mean if method == "GRPO" else span("", own[method], own["GRPO"])
         lines[n] = " | ".join(cells)
