@@ -619,7 +619,7 @@ def main(args: Args) -> None:
     else:
         from common.data.puzzles import puzzle
 
-        image = puzzle("test", 4).image
+        image = puzzle("test", 0).image
     sheet = contact_sheet(image, names, args.seed)
     try:
         sheet.save(args.out)

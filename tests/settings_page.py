@@ -20,7 +20,7 @@ def rows(file: str) -> list[str]:
             doc = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             reason = after.value.value if doc else lines[node.end_lineno - 1].partition("  # ")[2]
             default = ast.unparse(node.value) if node.value else "required"
-            cells = f"`--{node.target.id.replace('_', '-')}`", f"`{default}`", reason.strip()
+            cells = f"`--{node.target.id.replace('_', '-')}`", f"`{default}`", " ".join(reason.split())
             found.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return found
 

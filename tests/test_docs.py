@@ -90,6 +90,18 @@ def test_the_readme_is_short_and_keeps_its_test_command():
     assert "-m pytest" in text.partition("<!-- tests -->")[2].partition("<!-- end -->")[0]
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_a_row_of_a_table_is_one_line_with_as_many_cells_as_its_head(path):
+    """Else GitHub renders what is left over as another row."""
+    head, fenced = 0, False
+    for line in path.read_text().splitlines():
+        fenced ^= line.startswith("```")
+        row = line.startswith("|") and not fenced
+        cells = len(re.findall(r"(?<!\\)\|", line)) if row else 0
+        assert not row or (line.endswith("|") and cells == (head or cells)), line
+        head = cells and (head or cells)
+
+
 def test_every_setting_is_on_its_page():
     assert (ROOT / "docs/settings.md").read_text() == page(), "run python -m tests.settings_page"
 

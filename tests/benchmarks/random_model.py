@@ -4,7 +4,7 @@
     python -m tests.benchmarks.grpo_step --model random-4B --cuda --tokens 512 --image 1024 --lora-rank 64
 
 Tokenizer and image processor are the built-in model's, so that a prompt has few text tokens, and of the output head's
-151,936 rows all but the first 507 are never sampled; what is computed is the same. The weights are bfloat16, as the
+151,936 rows all but the first 503 are never sampled; what is computed is the same. The weights are bfloat16, as the
 hub's are; 4B takes 9 GB of disk.
 """
 
