@@ -8,8 +8,9 @@
 Tensors say that they are on `cuda:0`; to torch they are on a backend of its own (`PrivateUse1`), and their numbers are
 on the CPU. An operation that mixes them with CPU tensors is refused, as on a GPU, but for what CUDA allows too: numbers
 without dimensions, indices, copies. Autocast rounds to bfloat16 where CUDA's does, and keeps its copies of the weights
-as long. Fused attention keeps no scores. A graph is the list of operations that were seen while it was recorded, done
-again on the same memory when it is replayed; waiting for a result while recording is refused.
+as long. What is one kernel on CUDA, and keeps nothing in between, is one operation: attention, RMS norm, the gradient
+of an activation. A graph is the list of operations that were seen while it was recorded, done again on the same memory
+when it is replayed; waiting for a result while recording is refused.
 
 What it does not show: CUDA's kernels with their rounding, and what their workspaces and the allocator take; streams.
 """
@@ -17,6 +18,7 @@ What it does not show: CUDA's kernels with their rounding, and what their worksp
 import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from weakref import finalize
 
 import torch
@@ -186,33 +188,35 @@ class Threads(ThreadPoolExecutor):
         return super().submit(there)
 
 
-class Attention(torch.autograd.Function):
-    """Fused attention: nothing is kept for the backward pass but its arguments."""
+class Fused(torch.autograd.Function):
+    """An operation that is one kernel on CUDA: nothing is kept for the backward pass but its arguments."""
 
     @staticmethod
-    def forward(ctx, q, k, v, mask, options):
-        ctx.save_for_backward(q, k, v, mask)
-        ctx.options = options
-        return Pretend(Attention.compute(q, k, v, mask, options))
-
-    @staticmethod
-    def compute(q, k, v, mask, options):
-        numbers = (None if x is None else x.numbers for x in (q, k, v, mask))
-        return torch.nn.functional.scaled_dot_product_attention(*numbers, **options)
+    def forward(ctx, function, *args):
+        ctx.save_for_backward(*args)
+        ctx.function = function
+        return Pretend(function(*(None if x is None else x.numbers for x in args)))
 
     @staticmethod
     def backward(ctx, grad):
-        *parts, mask = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        wanted = [n for n in range(len(saved)) if ctx.needs_input_grad[n + 1]]
         with torch.enable_grad():
-            numbers = [x.numbers.detach().requires_grad_() for x in parts]
-            mask = None if mask is None else mask.numbers
-            out = torch.nn.functional.scaled_dot_product_attention(*numbers, mask, **ctx.options)
-            return *(Pretend(x) for x in torch.autograd.grad(out, numbers, grad.numbers)), None, None
+            numbers = [x if x is None else x.numbers.detach() for x in saved]
+            for n in wanted:
+                numbers[n].requires_grad_()
+            found = torch.autograd.grad(ctx.function(*numbers), [numbers[n] for n in wanted], grad.numbers)
+        grads = dict(zip(wanted, map(Pretend, found), strict=True))
+        return None, *(grads.get(n) for n in range(len(saved)))
 
 
 def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
     options = dict(dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
-    return Attention.apply(q, k, v, attn_mask, options)
+    return Fused.apply(partial(torch.nn.functional.scaled_dot_product_attention, **options), q, k, v, attn_mask)
+
+
+def rms_norm(x, shape, weight=None, eps=None):
+    return Fused.apply(lambda x, weight: torch.nn.functional.rms_norm(x, shape, weight, eps), x, weight)
 
 
 AUTOCAST_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
@@ -290,9 +294,10 @@ def set_up() -> None:
     kept = [torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")]
     kept[1].fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     names = "empty_strided empty.memory_format as_strided copy_ view index.Tensor index_put_ fill_.Scalar".split()
-    for name in names:
+    for name in [*names, "silu_backward"]:  # which would be taken apart
         kept[0].impl(name, below(named(name)), "PrivateUse1")
     kept[0].impl("scaled_dot_product_attention", attend, "AutogradPrivateUse1")
+    kept[0].impl("rms_norm", rms_norm, "AutogradPrivateUse1")
     for name in IN_BFLOAT16:
         kept[0].impl(name, under_autocast(named(name), torch.bfloat16), "AutocastPrivateUse1")
     for name in IN_FLOAT32:

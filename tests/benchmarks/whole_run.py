@@ -6,13 +6,17 @@ The same built-in model, puzzles in the same order, reward, batch, learning rate
 the other; what is timed is the training, without loading. Time to an accuracy is that after which the mean of the last
 ten steps' sampled accuracy is at least `--target`; at the end both models answer the same held-out puzzles greedily.
 
-TRL gets an environment of its own in the folder, with torchvision, which its processors want; --trl-python names one
-that is there. Only puzzles whose prompts have one length are taken, since TRL 1.16 with transformers 5.24 ends in its
-first step where questions of Qwen3-VL have several. Vision tokens, which grpo.py never samples, are suppressed for TRL
-by hand.
+TRL gets an environment of its own in the folder; --trl-python names one that is there. Its processor is one of pictures
+only: that of videos wants torchvision, built for the very torch that is there. Only puzzles whose prompts have one
+length are taken, since TRL 1.16 with transformers 5.24 ends in its first step where questions of Qwen3-VL have several.
+Vision tokens, which grpo.py never samples, are suppressed for TRL by hand.
+
+Beside wall time stands the processor's for the whole command, which other work on the machine changes less.
 """
 
 import json
+import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -78,22 +82,32 @@ def write_puzzles(options: Options) -> None:
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def train_here(options: Options) -> tuple[list[float], list[float]]:
-    """Seconds and sampled accuracies of each step of grpo.py."""
+def run(command: list[str], options: Options) -> float:
+    """Seconds of the processor that a command takes, with as many threads as both sides have."""
+    threads = {"OMP_NUM_THREADS": str(options.threads)}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, cwd=ROOT, env=os.environ | threads, check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def train_here(options: Options) -> tuple[list[float], list[float], float]:
+    """Seconds and sampled accuracies of each step of grpo.py, and the processor's seconds."""
     out = options.folder / "grpo"
     shutil.rmtree(out, ignore_errors=True)
     flags = f"--steps {options.steps} --prompts-per-step {options.prompts} --group-size {options.group} --eval-every 0"
     flags += f" --test-examples 0 --save-every {options.steps} --no-preflight --seed {options.seed}"
     command = [sys.executable, "grpo.py", "--data", str(options.folder / "data"), "--out", str(out), *flags.split()]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    processor = run(command, options)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line["seconds"] for line in lines], [line["accuracy"] for line in lines]
+    return [line["seconds"] for line in lines], [line["accuracy"] for line in lines], processor
 
 
 def train_trl(options: Options) -> None:
     """In TRL's environment: train, and write seconds and accuracies of each step, and the weights."""
     from datasets import Dataset, Image
-    from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+    from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImageProcessorPil, TrainerCallback
+    from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
     from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(options.threads)
@@ -128,7 +142,12 @@ def train_trl(options: Options) -> None:
         def on_step_end(self, *_, **__):
             seconds.append(time.perf_counter() - self.started)
 
-    processor = AutoProcessor.from_pretrained(TINY)
+    class Processor(Qwen3VLProcessor):  # what it is made of is read from the names here
+        def __init__(self, image_processor, tokenizer, chat_template=None):
+            super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    processor = Processor(Qwen2VLImageProcessorPil.from_pretrained(TINY), tokenizer, tokenizer.chat_template)
     model = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)
     batch = options.prompts * options.group
     config = GRPOConfig(
@@ -138,7 +157,7 @@ def train_trl(options: Options) -> None:
         temperature=1.0, top_p=1.0, top_k=0, epsilon=usual.clip_low, epsilon_high=usual.clip_high, loss_type="dapo",
         scale_rewards="group", optim="adamw_torch_fused", use_cpu=True, bf16=False, gradient_checkpointing=False,
         report_to=[], save_strategy="no", seed=options.seed, disable_tqdm=True, logging_steps=options.steps,
-        generation_kwargs={"suppress_tokens": processor.tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))},
+        generation_kwargs={"suppress_tokens": tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))},
     )  # fmt: skip
     trainer = GRPOTrainer(
         model=model,
@@ -159,7 +178,7 @@ def make_environment(options: Options) -> str:
     python = options.folder / "venv/bin/python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", options.folder / "venv"], check=True)
-        packages = ["trl", "torchvision", "-r", "requirements.txt"]
+        packages = ["trl", "-r", "requirements.txt"]
         subprocess.run([python, "-m", "pip", "install", "-q", *packages], cwd=ROOT, check=True)
     return str(python)
 
@@ -189,18 +208,19 @@ def main(options: Options) -> None:
         f"--{name}={getattr(options, name)}" for name in ("folder", "steps", "prompts", "group", "threads", "seed")
     ]
     command = [python, "-m", "tests.benchmarks.whole_run", "--trl-only", *flags]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    found["TRL"] = tuple(json.loads((options.folder / "trl.json").read_text()))
+    processor = run(command, options)
+    found["TRL"] = (*json.loads((options.folder / "trl.json").read_text()), processor)
     models = {"grpo.py": sorted((options.folder / "grpo/checkpoints").iterdir())[-1], "TRL": options.folder / "trl"}
     test = load_examples(str(options.folder / "data"), "test")
     asked = {"template": TEMPLATE.replace("{request}", REQUEST), "max_new_tokens": Args().max_completion_length}
-    columns = f"{'seconds':>9}{'a step':>8}{f'to {options.target:.0%}':>9}{'sampled, last steps':>21}"
+    columns = f"{'seconds':>9}{'processor':>11}{'a step':>8}"
+    columns += f"{f'to {options.target:.0%}':>9}{'sampled, last steps':>21}"
     print(f"{'':10}{columns}{'held out, greedy':>18}")
-    for name, (seconds, accuracies) in found.items():
+    for name, (seconds, accuracies, processor) in found.items():
         result = evaluate(load_policy(str(models[name])), test, **asked)
         last = accuracies[-WINDOW:]
         print(
-            f"{name:10}{sum(seconds):9.0f}{sorted(seconds)[len(seconds) // 2]:8.2f}"
+            f"{name:10}{sum(seconds):9.0f}{processor:11.0f}{sorted(seconds)[len(seconds) // 2]:8.2f}"
             f"{time_to(options.target, seconds, accuracies):>9}{sum(last) / len(last):21.1%}{result['accuracy']:18.1%}"
         )
 
