@@ -163,17 +163,26 @@ def test_evaluations_run_there_with_weights_in_bfloat16(name, device, tmp_path, 
     assert out.exists() and loaded[0].model.dtype == torch.bfloat16 and loaded[0].device == CUDA
 
 
-@pytest.mark.parametrize("trained", ["--lora-rank 0", "--lora-rank 8", "--freeze vision"])
-def test_the_plan_counts_what_a_run_holds(trained, device, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("layers", "settings"),
+    [
+        (6, "--lora-rank 0"),
+        (6, "--lora-rank 8"),
+        (6, "--freeze vision"),
+        (3, "--lora-rank 0"),
+        (3, "--micro-batch-tokens 800"),  # two of them, so that the second one finds all gradients there
+    ],
+)
+def test_the_plan_counts_what_a_run_holds(layers, settings, device, tmp_path, monkeypatch):
     """Weights, gradients, Adam's moments, pictures, and the larger of sampling and update: within a tenth above."""
-    model = larger_folder()
+    model = larger_folder(layers)
     for module in ("memory", "scoring"):
         monkeypatch.setattr(f"common.model.{module}.LOGIT_BUDGET", 2**16)
     monkeypatch.setattr("common.run.settings.longest_prompt", lambda *args: (200, 64))  # of a puzzle
     find_some_right("grpo", monkeypatch)
     plans = []
     monkeypatch.setattr(folder, "plan_of", lambda *args: plans.append(plan_of(*args)) or plans[0])
-    flags = f"{trained} --prompts-per-step 4 --max-completion-length 24 --steps 2".split()
+    flags = f"{settings} --prompts-per-step 4 --max-completion-length 24 --steps 2".split()
     train("grpo", tmp_path / "run", *flags, model=model)
     computed = sum(plans[0].kept.values()) + max(plans[0].phases["sampling"], plans[0].phases["update"])
     assert 0.5 * computed < device.most < 1.1 * computed, (device.most, plans[0].kept, plans[0].phases)

@@ -100,13 +100,13 @@ def small_folder(family: str) -> str:
 
 
 @cache
-def larger_folder() -> str:
+def larger_folder(layers: int = 6) -> str:
     """A Qwen3-VL large enough that what a run holds outweighs the rest."""
     folder = mkdtemp()
     shutil.copytree(small_folder("qwen3_vl"), folder, dirs_exist_ok=True)
     config = AutoConfig.from_pretrained(folder)
     text, vision = config.text_config, config.vision_config
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.num_attention_heads = 128, 384, 6, 8
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.num_attention_heads = 128, 384, layers, 8
     text.num_key_value_heads, text.head_dim = 4, 16
     vision.hidden_size, vision.intermediate_size, vision.out_hidden_size = 64, 128, 128
     Qwen3VLForConditionalGeneration(config).save_pretrained(folder)

@@ -113,11 +113,11 @@ class Shape:
 
     def inside(self, gradients: bool, lora: bool = False) -> int:
         """Bytes a token of what one layer holds while it is run, bfloat16: the states and their norms, three of the
-        MLP's width; with gradients also queries and what they gather, and one more of the MLP's; with adapters what
-        each of them reads, in float32."""
+        MLP's width; with gradients also queries and what they gather, and the gradients of those three; with adapters
+        what each of them reads, in float32."""
         width = self.heads * self.head_size
         adapters = (5 * self.hidden + width + self.mlp) * 4 if lora else 0
-        return (4 * self.hidden + 3 * self.mlp + gradients * (3 * width + self.mlp)) * 2 + adapters
+        return (4 * self.hidden + 3 * self.mlp + gradients * 3 * (width + self.mlp)) * 2 + adapters
 
     def pixels(self, tokens: int) -> int:
         """Bytes of pictures of so many tokens: float32 patches."""
