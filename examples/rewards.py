@@ -2,6 +2,7 @@
 
     python grpo.py --data boxes.jsonl --kind exact --reward examples/rewards.py:box_iou
 
+Lines of boxes.jsonl: {"image": "0.png", "question": "Where is the red box?", "answer": "10, 20, 60, 80"}.
 A function gets R completions and their examples, and returns R numbers, or these and a dictionary of further terms for
 the log. `example.answer` is the reference answer, `example.question` the question, `example.images` the pictures.
 """

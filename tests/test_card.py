@@ -51,6 +51,8 @@ def test_a_run_uploads_its_last_checkpoint_with_a_card(hub, tmp_path, capsys, mo
     assert capsys.readouterr().out == written + "\n"
     monkeypatch.setattr(hub, "create_repo", lambda self, *a, **k: (_ for _ in ()).throw(ConnectionError("gone")), False)
     main(Args(run=str(folder), repo="me/mine"))
+    with pytest.raises(SystemExit, match=r"^--repo mine: must be a hub id owner/name"):
+        main(Args(run=str(folder), repo="mine"))
     assert f"not uploaded (gone); again by `python -m common.run.card --run {folder} --repo me/mine`" in (
         capsys.readouterr().out
     )

@@ -52,19 +52,17 @@ def card(folder: Path) -> str:
     return "\n".join(text)
 
 
-def check_hub(repo: str) -> None:
-    """Stop with one line where `repo` cannot be uploaded to, before anything long starts."""
+def check_hub(repo: str, flag: str = "--push-to-hub") -> None:
+    """Stop with one line where `repo`, given as `flag`, cannot be uploaded to, before anything long starts."""
     from huggingface_hub import HfApi
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise SystemExit(f"--push-to-hub {repo}: must be a hub id owner/name")
+        raise SystemExit(f"{flag} {repo}: must be a hub id owner/name")
     try:
         HfApi().whoami()
     except Exception as error:  # not logged in, or whatever the network's layers raise
         line = " ".join(str(error).split())[:160]
-        raise SystemExit(
-            f"--push-to-hub {repo}: run `hf auth login` first, where there is a network ({line})"
-        ) from None
+        raise SystemExit(f"{flag} {repo}: run `hf auth login` first, where there is a network ({line})") from None
 
 
 def upload(folder: Path, repo: str) -> str:
@@ -91,7 +89,7 @@ def main(args: Args) -> None:
     if not (folder / "args.json").is_file():
         raise SystemExit(f"--run {args.run}: no run there (args.json is missing)")
     if args.repo:
-        check_hub(args.repo)
+        check_hub(args.repo, "--repo")
     print(upload(folder, args.repo) if args.repo else card(folder))
 
 
