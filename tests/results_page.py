@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.evaluation.comparison import AREA, SECONDS, plot_curves, scale_of
+from common.evaluation.comparison import AREA, plot_curves, scale_of
 
 ROOT = Path(__file__).parents[1]
 MISLED, UNHINTED, HINTED = "accuracy, misleading hint", "accuracy, real picture", "accuracy, right hint"
@@ -20,7 +20,6 @@ DEFAULT = {
     "other picture, accuracy lost": "reliance on other, accuracy",
     "last look right": "last read right",
     "entropy": "entropy",
-    "seconds a step": SECONDS,
 }
 FIRST = ("before", "GRPO", "VPPO as published", "VGPO", "ROMA", "NoisyGRPO", "oracle undecided")
 SCRIPTS = {"grpo": "GRPO", "roma": "ROMA", "vppo": "VPPO", "vgpo": "VGPO", "noisy_grpo": "NoisyGRPO"}
@@ -104,7 +103,10 @@ def gradients_rows(name: str) -> str:
 
 BLOCKS = {
     "default": lambda: methods_table("default", DEFAULT, "test, sampled"),
+    "controls": lambda: methods_table("default_controls", DEFAULT, "test, sampled"),
+    "controls-made-by": lambda: provenance("default_controls"),
     "default-made-by": lambda: provenance("default"),
+    "filter": lambda: methods_table("oracle_readings", DEFAULT, "test, sampled", ("GRPO", "oracle readings")),
     "shortcut": lambda: methods_table("shortcut_75", SHORTCUT, MISLED),
     "shortcut-short": lambda: methods_table("shortcut_75", SHORTCUT, MISLED, FIRST),
     "shortcut-made-by": lambda: provenance("shortcut_75"),
@@ -129,12 +131,14 @@ def filled(text: str) -> str:
 def readme(text: str) -> str:
     """README.md with its blocks and, in the table of methods, each one's effect."""
     lines = text.split("\n")
-    own = {method: figures["test, sampled"] for method, figures in study("default")["figures"].items()}
+    figures = study("default_controls")["figures"] | study("default")["figures"]
+    own = {method: found["test, sampled"] for method, found in figures.items()}
     for script, method in SCRIPTS.items():
         (n,) = (n for n, line in enumerate(lines) if line.startswith(f"| `{script}.py` |"))
         cells = lines[n].split(" | ")
         mean = f"{number('', own[method]['mean'])} %"
-        cells[5] = mean if method == "GRPO" else span("", own[method], own["GRPO"])
+        first = study("default" if method in study("default")["figures"] else "default_controls")["figures"]["GRPO"]
+        cells[5] = mean if method == "GRPO" else span("", own[method], first["test, sampled"])
         lines[n] = " | ".join(cells)
     return filled("\n".join(lines))
 
