@@ -63,7 +63,7 @@ def test_a_sound_set_up_gets_no_remark_and_is_shown(tmp_path):
     assert example, text
     agreement = float(re.search(r"agree to (\S+) nats", text)[1])
     assert 0 < agreement < 1e-5
-    assert re.search(r"policy as it is: \d+ of \d+ answers right \(against answers of other rows \d+%\)", text)
+    assert re.search(r"policy as it is: \d+ of \d+ answers right \(\d+% if checked with other rows' answers\)", text)
     assert re.search(r"right \(.*\), \d+ \(\d+%\) in the form that is asked for, \d+ cut off", text)
     assert "4 completions of 72 each" in text and "same when it is read again" in text
 

@@ -201,7 +201,7 @@ def answer_remarks(args, policy, examples, rollout: Rollout, say) -> Iterable[tu
     count, right, read = len(asked), int(sum(verdicts)), counts["ok"]
     cut = int((~rollout.ended).sum())
     chance = chance_level(completions[::each], examples)
-    elsewhere = "" if chance is None else f" (against answers of other rows {chance:.0%})"
+    elsewhere = "" if chance is None else f" ({chance:.0%} if checked with other rows' answers)"
     form = f"{read} ({read / count:.0%}) in the form that is asked for"
     say(f"  policy as it is: {right} of {count} answers right{elsewhere}, {form}, {cut} cut off")
     shown = "; ".join(f"{n} times …{end!r}" for end, n in Counter(endings_of(completions)).most_common(3))
