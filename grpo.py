@@ -1,7 +1,6 @@
 """GRPO: group relative policy optimization for a vision-language model with verifiable rewards. Page: docs/grpo.md
 
-    python grpo.py                                           # a laptop: built-in model and puzzles
-    accelerate launch grpo.py --model Qwen/Qwen3-VL-4B       # one or several GPUs
+    python grpo.py    # built-in model; on GPUs: accelerate launch grpo.py --model Qwen/Qwen3-VL-4B
 
 For each prompt (image and question) sample G completions, score each with a rule, and take the group's own mean for a
 baseline: a completion is reinforced as far as it beats its siblings.

@@ -1,16 +1,13 @@
 """NoisyGRPO: explore under noisy images, judge by how noisy they were. Page: docs/noisy_grpo.md
 
-    python noisy_grpo.py                                           # a laptop: built-in model and puzzles
-    accelerate launch noisy_grpo.py --model Qwen/Qwen3-VL-4B       # one or several GPUs
+    python noisy_grpo.py    # built-in model; on GPUs: accelerate launch noisy_grpo.py --model Qwen/Qwen3-VL-4B
 
 For each prompt (image and question) sample G completions, score each with a rule, and take the group's own mean for a
 baseline: a completion is reinforced as far as it beats its siblings.
 
 NoisyGRPO (Qiu et al. 2025, arXiv 2510.21122) samples each completion on its own noisy copy of the image and trains it
 on the clean one. The advantage is a posterior's mean: the noise level gives the prior (the less the better), the reward
-the observation, trusted the more the further a group's rewards lie apart. The authors train with `--loss-type grpo
---clip-high 0.2 --group-size 4`. NoisyRollout (2504.13055) is near `--noise-levels 0 0.5 --posterior none --anneal
---kl-coef 0`; docs/noisy_grpo.md says what differs.
+the observation, trusted the more the further a group's rewards lie apart. Flags of the authors: see the page.
 
     noise        image_r = sqrt(abar_t) image + sqrt(1 - abar_t) eps, t = 1000 n_r, n_r the noise level of completion r
     z(x)         (x - mean of its group) / (s(x) + eps), s the standard deviation of its group
@@ -34,7 +31,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from common.data.prompts import draw_prompts, fitting_prompts, load_splits, local_places, prefetch, replace_images
+from common.data.prompts import draw_prompts, fitting_prompts, load_splits, local_places, prefetch
 from common.evaluation.training import Evaluations
 from common.model.sampling import decode, sample, uniform_numbers
 from common.model.training import Batch, micro_batches, prepare, rate_at, rows_of, score_rows, total_counts
@@ -193,45 +190,51 @@ def policy_loss(
     return -torch.minimum(bounded * advantages, clipped * advantages), ratio.detach()
 
 
-def noise_schedule() -> np.ndarray:
-    """abar [1000] float64: the share of an image's variance that is left after each step of the forward process."""
-    return np.cumprod(1 - ((0.005 - 1e-5) / (1 + np.exp(6 - 12 * np.arange(1000) / 999)) + 1e-5))
-
-
-def noisy_bytes(values: np.ndarray, to_bytes: str) -> np.ndarray:
-    """uint8 from values about [0, 1], fractions dropped: clamped, or modulo 256."""
-    scaled = np.trunc(values * 255)
-    return (np.clip(scaled, 0, 255) if to_bytes == "clamp" else scaled % 256).astype(np.uint8)
+ABAR = np.cumprod(1 - ((0.005 - 1e-5) / (1 + np.exp(6 - 12 * np.arange(1000) / 999)) + 1e-5))  # [1000], for each t
 
 
 def noisy_image(image: PIL.Image.Image, level: float, dice: np.random.Generator, to_bytes: str) -> PIL.Image.Image:
-    """The RGB image after step 1000 `level` of the forward process; level 0 is the image itself."""
+    """The RGB image after step 1000 `level` of the forward process; level 0 is the image itself.
+
+    >>> class dice: standard_normal = np.ones  # for eps = 1: 255 (0.365 + 0.931) is 330 = 256 + 74
+    >>> [noisy_image(PIL.Image.new("L", (1, 1), 255), 0.9, dice, how).getpixel((0, 0)) for how in ("clamp", "wrap")]
+    [255, 74]
+    """
     if level == 0:
         return image
-    pixels, abar = np.asarray(image) / 255, noise_schedule()[min(int(1000 * level + 1e-9), 999)]
-    noisy = np.sqrt(abar) * pixels + np.sqrt(1 - abar) * dice.standard_normal(pixels.shape)
-    return PIL.Image.fromarray(noisy_bytes(noisy, to_bytes))
+    pixels, abar = np.asarray(image) / 255, ABAR[min(int(1000 * level + 1e-9), 999)]
+    noisy = np.trunc((np.sqrt(abar) * pixels + np.sqrt(1 - abar) * dice.standard_normal(pixels.shape)) * 255)
+    return PIL.Image.fromarray((np.clip(noisy, 0, 255) if to_bytes == "clamp" else noisy % 256).astype(np.uint8))
 
 
 def levels_of(step: int, place: int, args: Args) -> np.ndarray:
-    """Noise levels [G] float64 of the completions of one prompt."""
-    levels = np.resize(args.noise_levels, args.group_size)
-    if args.noise_draw == "uniform":
-        levels = np.random.default_rng([args.seed, step, place, 1 + args.group_size]).random(args.group_size)
-    if args.anneal:  # NoisyRollout: steepness 30, half at two thirds
-        levels = levels * (1 - 1 / (1 + np.exp(-30 * (step + 1 - args.steps * 2 / 3) / args.steps)))
-    return levels
+    """Noise levels [G] float64 of the completions of one prompt.
+
+    >>> levels_of(39, 0, Args(group_size=4, noise_levels=(0.0, 0.5), anneal=True, steps=60)).tolist()
+    [0.0, 0.25, 0.0, 0.25]
+    """
+    drawn = np.random.default_rng([args.seed, step, place, 1 + args.group_size]).random(args.group_size)
+    levels = np.resize(args.noise_levels, args.group_size) if args.noise_draw == "ladder" else drawn
+    risen = 1 / (1 + np.exp(-30 * (step + 1 - args.steps * 2 / 3) / args.steps))  # NoisyRollout: half at two thirds
+    return levels * (1 - risen) if args.anneal else levels
 
 
 def group_z(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [N, G] against its group: mean 0, and standard deviation (divisor G - 1) 1 but for `eps`; 0 where all agree."""
+    """x [N, G] against its group: mean 0, and standard deviation (divisor G - 1) 1 but for `eps`; 0 where all agree.
+
+    >>> group_z(torch.tensor([[3.0, 2.0, 1.0], [0.7, 0.7, 0.7]]), eps=0.25)[:, 0]  # (3 - 2) / (1 + 0.25)
+    tensor([0.8000, 0.0000])
+    """
     varied = x.amax(1, keepdim=True) - x.amin(1, keepdim=True) > 1e-6
     return torch.where(varied, (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + eps), 0)
 
 
 def posterior_advantages(rewards: torch.Tensor, levels: torch.Tensor, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advantages [R] float32 of rewards [R] under noise levels [R], and the prior's weight K [N] of each group: of a
-    Gaussian prior by noise and a likelihood by reward, both standardized in the group, the posterior's mean as well."""
+    """Advantages [R] float32, posterior means of rewards [R] under noise levels [R], and the prior's weights K [N].
+
+    >>> posterior_advantages(torch.tensor([2.0, 2.0, 1.0, 1.0]), torch.tensor([0.0, 0.3, 0.6, 0.9]), Args(group_size=4))
+    (tensor([ 0.9504,  0.7723, -0.7723, -0.9504]), tensor([0.2256]))
+    """
     groups, eps = rewards.double().view(-1, args.group_size), args.advantage_eps  # [N, G]
     by_spread = args.lik_alpha / (groups.std(1, keepdim=True) ** 2 + args.lik_alpha)  # [N, 1]
     likelihood_var = torch.full_like(by_spread, args.lik_var) if args.posterior == "fixed" else by_spread
@@ -249,7 +252,7 @@ def noisy_prompts(policy, examples, prompts, step: int, places: list[int], args:
     for (n, g), level in np.ndenumerate(levels * args.noise_images):
         dice = np.random.default_rng([args.seed, step, places[n], 1 + g])
         pictures.append([noisy_image(image, level, dice, args.to_bytes) for image in examples[n].images])
-    noisy = replace_images(policy, prompts.select((np.arange(levels.size) // args.group_size).tolist()), pictures)
+    noisy = prompts.select((np.arange(levels.size) // args.group_size).tolist()).with_images(policy, pictures)
     return examples, prompts if args.update_image == "clean" else noisy, torch.tensor(levels).float().flatten(), noisy
 
 

@@ -1,7 +1,6 @@
 """ROMA: multimodal reasoning that survives visual degradation. Page: docs/roma.md
 
-    python roma.py                                           # a laptop: built-in model and puzzles
-    accelerate launch roma.py --model Qwen/Qwen3-VL-4B       # one or several GPUs
+    python roma.py    # built-in model; on GPUs: accelerate launch roma.py --model Qwen/Qwen3-VL-4B
 
 For each prompt (image and question) sample G completions, score each with a rule, and take the group's own mean for a
 baseline: a completion is reinforced as far as it beats its siblings.
@@ -13,10 +12,9 @@ baseline: a completion is reinforced as far as it beats its siblings.
                  D^k_rt = e^-d - 1 + d, d = (logprob_rt without gradient) - view_logprob^k_rt, j one of the K at random
     loss         the mean of q + v over the tokens of the whole optimizer step (`loss_type` dapo; others below)
 
-ROMA (Liu et al. 2026, arXiv 2605.09262; its public full text could not be read here, what its abstract leaves open is
-chosen) samples and compares completions on clean images: on a degraded one it would pay to invent. Tokens are scored
-under K corrupted views too; where the answer was right, at each token the view that deviates most is pulled to the
-clean distribution, and one view gets a policy gradient of its own with the clean advantage. V rows have views.
+ROMA (Liu et al. 2026, arXiv 2605.09262; by its abstract, which leaves much open) samples and compares completions on
+clean images: on a degraded one it would pay to invent. Tokens are scored under K corrupted views too. In right answers
+the view that deviates most at a token is pulled to the clean one; one view has a policy gradient. V rows have views.
 
 GRPO is of DeepSeekMath (Shao et al. 2024, arXiv 2402.03300); its variants go by the field's names: token-level
 loss and clip-higher (DAPO, 2503.14476), no length and no difficulty bias (Dr. GRPO, 2503.20783), sequence-level ratios
@@ -33,10 +31,10 @@ import numpy as np
 import torch
 
 from common.corruptions import check_corruptions, choose, corrupt
-from common.data.prompts import draw_prompts, fitting_prompts, load_splits, local_places, prefetch, replace_images
+from common.data.prompts import draw_prompts, fitting_prompts, load_splits, local_places, prefetch
 from common.evaluation.training import Evaluations
 from common.model.sampling import decode, sample, uniform_numbers
-from common.model.training import Batch, micro_batches, pack_views, prepare, rate_at, rows_of, score_rows, total_counts
+from common.model.training import Batch, micro_batches, prepare, rate_at, rows_of, score_rows, total_counts
 from common.rewards.designs import check_tokenizer, overlong_penalty, reward_completions
 from common.run.folder import start_run
 from common.run.settings import Count, Group, Positive, Settings, Weight, check_settings, launch
@@ -209,8 +207,11 @@ def surrogate_kl(logprobs: torch.Tensor, view_logprobs: torch.Tensor, mask: torc
 
 
 def worst_case(divergences: torch.Tensor, mask: torch.Tensor, how: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The divergence [V, T] that counts out of [K, V, T], and the view [V, T] it comes from, of equals the first: the
-    largest at each token; for `sequence` that of the view with the largest mean over the completion's `mask` [V, T]."""
+    """The largest divergence [V, T] of [K, V, T], at each token or by its mean over `mask` [V, T], and whose it is.
+
+    >>> worst_case(torch.tensor([[[0.1, 0.5]], [[0.4, 0.3]]]), torch.tensor([[True, True]]), "token")
+    (tensor([[0.4000, 0.5000]]), tensor([[1, 0]]))
+    """
     winner = divergences.argmax(0)
     if how == "mean":
         return divergences.mean(0), winner
@@ -220,9 +221,12 @@ def worst_case(divergences: torch.Tensor, mask: torch.Tensor, how: str) -> tuple
 
 
 def aux_loss(view_logprobs, aux_view, advantages, mask: torch.Tensor) -> torch.Tensor:
-    """-A logprob [V, T] under each row's view `aux_view` [V] of [K, V, T], A [V] the clean one; 0 outside `mask`."""
-    chosen = view_logprobs[aux_view, torch.arange(len(aux_view), device=aux_view.device)]  # [V, T]
-    return torch.where(mask, -advantages[:, None] * chosen, 0)
+    """-A logprob [V, T] under each row's view `aux_view` [V] of [K, V, T], A [V, 1] the clean one; 0 outside `mask`.
+
+    >>> aux_loss(torch.tensor([[[-1.0, -2]], [[-3, -4]]]), torch.tensor([1]), 0.5, torch.tensor([[True, False]]))
+    tensor([[1.5000, 0.0000]])
+    """
+    return torch.where(mask, -advantages * view_logprobs[aux_view, torch.arange(len(mask), device=mask.device)], 0)
 
 
 def corrupted_prompts(policy, examples, prompts, step: int, places: list[int], args: Args):
@@ -230,10 +234,9 @@ def corrupted_prompts(policy, examples, prompts, step: int, places: list[int], a
     corruptions, aux_views = zip(*(draw_views(args.seed, step, place, args) for place in places), strict=True)
     views = []
     for k in range(args.num_views if args.kl_view_coef or args.aux_coef else int(args.corrupt_rollouts)):
-        seeds = [(args.seed, step, place, k) for place in places]
-        drawn = zip(examples, corruptions, seeds, strict=True)
-        pictures = [[corrupt(x, *c[k], (*seed, i)) for i, x in enumerate(e.images)] for e, c, seed in drawn]
-        views.append(replace_images(policy, prompts, pictures))
+        row = zip(examples, corruptions, places, strict=True)
+        pictures = [[corrupt(x, *c[k], (args.seed, step, p, k, i)) for i, x in enumerate(e.images)] for e, c, p in row]
+        views.append(prompts.with_images(policy, pictures))
     prompts, views = (views[0], []) if args.corrupt_rollouts else (prompts, views)
     return examples, prompts, views, corruptions, aux_views
 
@@ -243,15 +246,13 @@ def score_with_views(scorer, batch: Batch, args: Args):
     with `view_logprobs` [K, V, T] and `clean_logprobs` [V, T], which with one update per rollout are sampling's."""
     own, viewed = (rows.nonzero()[:, 0].tolist() for rows in (batch.clean, batch.regularized))
     own = own or ([] if viewed else list(range(len(batch.ids))))
-    members = [row // args.group_size for row in own[:: args.group_size]]
-    packed, rows, prompt_of_row = pack_views(batch, members, viewed, args.group_size)
+    packed, rows, prompt_of_row = batch.pack_views(own, viewed, args.group_size)
     scores = scorer(packed, batch.ids[rows], batch.completion_mask[rows], args.temperature, prompt_of_row)
     logprobs, view_logprobs = scores.logprobs.split([len(own), len(rows) - len(own)])
     del batch.prompts, batch.views
     mb, seen = batch.rows(own), batch.rows(viewed)
     seen.view_logprobs = view_logprobs.view(args.num_views, len(viewed), -1) if viewed else None
-    once = batch.old_logprobs is None
-    seen.clean_logprobs = seen.sampled_logprobs if once else logprobs[[own.index(row) for row in viewed]]
+    seen.clean_logprobs = seen.sampled_logprobs if mb.old_logprobs is None else logprobs[[own.index(r) for r in viewed]]
     return mb, scores._replace(logprobs=logprobs, entropy=scores.entropy[: len(own)]), seen
 
 
@@ -347,8 +348,7 @@ def main(args: Args) -> dict:
         )
         updates = args.updates_per_rollout * args.epochs_per_rollout
         batch.views, batch.aux_view = views, torch.tensor(aux_views, device=device).repeat_interleave(args.group_size)
-        gate = (accuracy == 1) | (args.view_gate == "none")  # [R]
-        batch.regularized = gate & mask.any(1) & bool(views)  # [R] rows with views
+        batch.regularized = ((accuracy == 1) | (args.view_gate == "none")) & mask.any(1) & bool(views)  # [R] have views
         active = trained | batch.regularized.view(len(kept), -1).any(1)  # [N] groups with any term of the loss
         batch.clean = batch.trained if updates == 1 else active.repeat_interleave(args.group_size)
         batch.trained = active.repeat_interleave(args.group_size)
@@ -380,7 +380,7 @@ def main(args: Args) -> dict:
                 if len(seen.ids):
                     divergences = surrogate_kl(seen.clean_logprobs, seen.view_logprobs, seen.mask)  # [K, V, T]
                     worst, winner = worst_case(divergences, seen.mask, args.kl_worst_case)  # [V, T] both
-                    aux = aux_loss(seen.view_logprobs, seen.aux_view, seen.advantages[:, 0], seen.mask)
+                    aux = aux_loss(seen.view_logprobs, seen.aux_view, seen.advantages, seen.mask)
                     weights = token_weights(seen.mask, args.loss_type, rows, tokens, limit)
                     view_kl = args.kl_view_coef * (worst * weights).sum()
                     view_aux = args.aux_coef * (aux * weights).sum()

@@ -1,14 +1,12 @@
 """VGPO: advantages that follow the eye. Page: docs/vgpo.md
 
-    python vgpo.py                                           # a laptop: built-in model and puzzles
-    accelerate launch vgpo.py --model Qwen/Qwen3-VL-4B       # one or several GPUs
+    python vgpo.py    # built-in model; on GPUs: accelerate launch vgpo.py --model Qwen/Qwen3-VL-4B
 
 For each prompt (image and question) sample G completions, score each with a rule, and take the group's own mean for a
 baseline: a completion is reinforced as far as it beats its siblings.
 
-VGPO (Wang et al. 2026, arXiv 2604.09349) reads how visual a token is off the policy's own states. Late in a completion
-the most visual tokens get a bonus that grows with position; the weights multiply the advantage twice, a token's against
-its completion's and a completion's against its siblings'. Authors' settings: `--delta 3 --filter-groups accuracy`.
+VGPO (Wang et al. 2026, arXiv 2604.09349) reads how visual a token is off the policy's own states. The most visual ones
+late in a completion get a bonus. These weights multiply the advantage: a token's in its completion, its in the group.
 
     focus        F_rt = (cosine(state_rt, mean state of the image tokens) + 1) / 2
     weight       w_rt = F_rt (1 + gate_rt beta t / T_r), gate: the top kappa of the last gamma of the completion, by F
@@ -186,22 +184,25 @@ def policy_loss(
     return -torch.minimum(bounded * advantages, clipped * advantages), ratio.detach()
 
 
-def visual_prototypes(prompt_states: torch.Tensor, image_mask: torch.Tensor) -> torch.Tensor:
-    """Mean state [N, H] float32 of each prompt's image tokens, `image_mask` [N, P], in [N, P, H] (VGPO, eq. 4)."""
-    return (prompt_states.float() * image_mask[..., None]).sum(1) / image_mask.sum(1, keepdim=True).clamp(min=1)
+def cosines(states: torch.Tensor, prompt_states: torch.Tensor, image_mask: torch.Tensor) -> torch.Tensor:
+    """Cosine [R, T] float32 of tokens' own states [R, T, H] and their prompts' mean image states (VGPO, eq. 4).
 
-
-def cosines(states: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
-    """Cosine [R, T] float32 of each completion token's own state [R, T, H] with its prompt's prototype [N, H]."""
+    >>> cosines(torch.tensor([[[9.0, 0.0]]]), torch.tensor([[[4.0, 0], [2, 8], [7, 7]]]), torch.tensor([[1, 1, 0]]))
+    tensor([[0.6000]])
+    """
+    prototypes = (prompt_states.float() * image_mask[..., None]).sum(1) / image_mask.sum(1, keepdim=True).clamp(min=1)
     states, prototypes = states.float(), prototypes.repeat_interleave(len(states) // len(prototypes), dim=0)  # [R, H]
     dots = torch.einsum("rth,rh->rt", states, prototypes)
     return dots / (states.norm(dim=-1) * prototypes.norm(dim=-1)[:, None] + 1e-8)
 
 
 def compensate(focus: torch.Tensor, mask: torch.Tensor, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights w [R, T] of focus scores [R, T], 0 outside `mask`, and which tokens got the bonus (VGPO, eqs. 5, 6)."""
-    lengths = mask.sum(1, keepdim=True)  # [R, 1]
-    positions = torch.arange(mask.shape[1], device=mask.device)  # [T] from 0
+    """Weights w [R, T] of focus scores [R, T], 0 outside `mask`, and which tokens got the bonus (VGPO, eqs. 5, 6).
+
+    >>> compensate(torch.tensor([[0.9, 0.5, 0.3, 0.4]]), torch.ones(1, 4).bool(), Args(compensation=0.5))[0]
+    tensor([[0.9000, 0.5000, 0.3000, 0.6000]])
+    """
+    lengths, positions = mask.sum(1, keepdim=True), torch.arange(mask.shape[1], device=mask.device)  # [R, 1], [T]
     start = ((1 - args.tail_share) * lengths.double() + 1e-9).floor()
     tail = mask & (positions >= start)
     count = (args.gated_share * (lengths - start) + 1e-9).floor().clamp(min=1).long()  # [R, 1]
@@ -213,7 +214,11 @@ def compensate(focus: torch.Tensor, mask: torch.Tensor, args: Args) -> tuple[tor
 
 
 def token_factors(weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """1 + psi [R, T]: each token against its completion, of mean 1 over it; 1 outside `mask` (VGPO, eqs. 7, 8)."""
+    """1 + psi [R, T]: each token against its completion, of mean 1 over it; 1 outside `mask` (VGPO, eqs. 7, 8).
+
+    >>> token_factors(torch.tensor([[0.2, 0.6, 0.4, 9.0]]), torch.tensor([[True, True, True, False]]))
+    tensor([[0.5000, 1.5000, 1.0000, 1.0000]])
+    """
     low = weights.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
     high = weights.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
     scaled = torch.where(mask, (weights - low) / (high - low + 1e-8), 0)
@@ -221,38 +226,24 @@ def token_factors(weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def trajectory_factors(weights: torch.Tensor, group_size: int) -> torch.Tensor:
-    """1 + phi [R]: each completion's sum of weights against its siblings', of mean 1 over a group (VGPO, eqs. 9-11)."""
+    """1 + phi [R]: each completion's sum of weights against its siblings', scaled alike (VGPO, eqs. 9-11).
+
+    >>> trajectory_factors(torch.tensor([[2.0, 1.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]), group_size=4)
+    tensor([1.7500, 0.7500, 0.7500, 0.7500])
+    """
     total = weights.sum(1).view(-1, group_size)  # [N, G]
-    low, high = total.amin(1, keepdim=True), total.amax(1, keepdim=True)
-    scaled = (total - low) / (high - low + 1e-8)
-    return (1 + scaled - scaled.mean(1, keepdim=True)).flatten()
+    return token_factors(total, torch.ones_like(total, dtype=torch.bool)).flatten()
 
 
 @torch.no_grad()
 def advantage_factors(states, prompt_states, image_mask, mask, args: Args) -> dict[str, torch.Tensor]:
-    """The factors [R, T] of whole groups' advantages (VGPO, eq. 12) and, for the log, what they come from; of last
-    hidden states of completions [R, T, H] and prompts [N, P, H], masks [R, T] of tokens and [N, P] of image tokens."""
-    cosine = torch.where(mask, cosines(states, visual_prototypes(prompt_states, image_mask)), 0)
+    """The factors [R, T] of whole groups' advantages (VGPO, eq. 12) and, for the log, what they come from."""
+    cosine = torch.where(mask, cosines(states, prompt_states, image_mask), 0)
     weights, gate = compensate((cosine + 1) / 2, mask, args)
     factors = token_factors(weights, mask).clamp(*args.token_clamp)
     factors = factors * trajectory_factors(weights, args.group_size).clamp(*args.trajectory_clamp)[:, None]
-    sighted = image_mask.any(1).repeat_interleave(args.group_size)[:, None]  # [R, 1] else a factor of 1
-    factors = torch.where(sighted & mask, factors, 1)
-    return {"cosine": cosine, "weight": weights, "gate": gate.float(), "factor": factors}
-
-
-def measure_focus(meter, focus: dict[str, torch.Tensor], batch: Batch, right: torch.Tensor, group_size: int) -> None:
-    """Log focus and factors of the trained rows: early and late in right and wrong ones, and as a matter of length."""
-    trained, lengths = batch.trained, batch.completion_mask.sum(1)  # [R] both
-    mask = batch.mask & trained[:, None]  # [R, T]
-    late = torch.arange(mask.shape[1], device=mask.device) >= lengths[:, None] / 2  # [R, T]
-    meter.add("focus", focus["cosine"], mask)
-    meter.add("focus/negative", focus["cosine"] < 0, mask)
-    meter.add("focus/gated", focus["gate"], mask)
-    meter.add_rows([f"focus/{'right' if r else 'wrong'}/early" for r in right.tolist()], focus["cosine"], mask & ~late)
-    meter.add_rows([f"focus/{'right' if r else 'wrong'}/late" for r in right.tolist()], focus["cosine"], mask & late)
-    meter.extremes("focus/factor_min", "focus/factor_max", focus["factor"][mask])
-    meter.correlate("focus/length_correlation", focus["weight"].sum(1)[trained], lengths[trained], group_size)
+    seen = mask & image_mask.any(1).repeat_interleave(args.group_size)[:, None]  # [R, T] others have a factor of 1
+    return {"cosine": cosine, "weight": weights, "gate": gate.float(), "factor": torch.where(seen, factors, 1)}
 
 
 # === The run ===
@@ -379,7 +370,17 @@ def main(args: Args) -> dict:
             if run.check_gradients(grad_norm):
                 optimizer.step()
             optimizer.zero_grad()
-        measure_focus(meter, focus, batch, accuracy == 1, args.group_size)
+        lengths, sums = completion_mask.sum(1), focus["weight"].sum(1)  # [R] both
+        looked = mask & batch.trained[:, None]  # [R, T]
+        meter.add("focus", focus["cosine"], looked)
+        meter.add("focus/negative", focus["cosine"] < 0, looked)
+        meter.add("focus/gated", focus["gate"], looked)
+        late = torch.arange(looked.shape[1], device=device) >= lengths[:, None] / 2  # [R, T]
+        for half, inside in (("early", looked & ~late), ("late", looked & late)):
+            names = [f"focus/{'right' if right else 'wrong'}/{half}" for right in (accuracy == 1).tolist()]
+            meter.add_rows(names, focus["cosine"], inside)
+        meter.extremes("focus/factor_min", "focus/factor_max", focus["factor"][looked])
+        meter.correlate("focus/length_correlation", sums[batch.trained], lengths[batch.trained], args.group_size)
         batch.focus = focus["cosine"]
         meter.lap("update")
 

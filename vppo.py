@@ -1,14 +1,12 @@
 """VPPO: policy gradients for the tokens, and the completions, that depend on the image. Page: docs/vppo.md
 
-    python vppo.py                                           # a laptop: built-in model and puzzles
-    accelerate launch vppo.py --model Qwen/Qwen3-VL-4B       # one or several GPUs
+    python vppo.py    # built-in model; on GPUs: accelerate launch vppo.py --model Qwen/Qwen3-VL-4B
 
 For each prompt (image and question) sample G completions, score each with a rule, and take the group's own mean for a
 baseline: a completion is reinforced as far as it beats its siblings.
 
 VPPO (Huang et al. 2025, arXiv 2510.09285) scores completions again with random image patches black. The tokens whose
 log-probability depends most on the image take part in the policy gradient, and completions that depend more count more.
-The authors train with `--delta 3 --top-p 0.99`. `--keep-fraction 1 --beta-min 1` is DAPO with the same entropy penalty.
 
     dependency   S_rt = e^d - d - 1, d = (logprob_rt with the masked image) - (logprob_rt), both of the sampling policy
     filter       keep_rt = 1 for the keep_fraction of the tokens of completion r with the largest S
@@ -188,16 +186,22 @@ def policy_loss(
 
 
 def visual_dependency(old_logprobs, masked_logprobs, completion_mask: torch.Tensor) -> torch.Tensor:
-    """How much each token depends on the image: S [R, T] float32 in [0, 10], 0 outside the mask, without gradient: the
-    k3 estimate of KL(image || masked image) on the sampled token (VPPO, eq. 3 by appendix B)."""
+    """S [R, T] float32 without gradient, k3 of KL(image || masked image) at most 10 (VPPO, eq. 3 by appendix B).
+
+    >>> visual_dependency(torch.tensor([[-2.0, -1.0]]), torch.tensor([[-1.0, -9.0]]), torch.ones(1, 2).bool())  # e - 2
+    tensor([[0.7183, 7.0003]])
+    """
     d = torch.where(completion_mask, masked_logprobs - old_logprobs, 0).detach().clamp(-20, 20)
     return (d.expm1() - d).clamp(0, 10)
 
 
 def vocabulary_divergence(hidden, masked_hidden, head, banned: torch.Tensor, temperature: float) -> torch.Tensor:
-    """KL(image || masked image) over the vocabulary (VPPO, eq. 3), [Z] float32, of both views' hidden states [Z, H],
-    the output head [V, H] and the words [V] that are never drawn; in chunks, so that no [Z, V] is kept."""
-    bias = torch.zeros(len(head), device=head.device).masked_fill(banned, -1e30)  # [V]
+    """KL(image || masked image) over the vocabulary (VPPO, eq. 3), [Z] float32, in chunks, of hidden states [Z, H].
+
+    >>> vocabulary_divergence(torch.zeros(1, 3), torch.tensor([[4., 1, 9]]).log(), torch.eye(3), torch.arange(3) > 1, 1)
+    tensor([0.2231])
+    """
+    bias = torch.zeros(len(head), device=head.device).masked_fill(banned, -1e30)  # [V] words that are never drawn
     values = []
     for pair in zip(hidden.split(256), masked_hidden.split(256), strict=True):
         clean, masked = (((x @ head.T.to(x.dtype)).float() / temperature + bias).log_softmax(-1) for x in pair)
@@ -205,14 +209,12 @@ def vocabulary_divergence(hidden, masked_hidden, head, banned: torch.Tensor, tem
     return torch.cat(values)
 
 
-def row_mean(dependency: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
-    """Mean dependency [R] of each completion over its tokens (VPPO, eq. 4)."""
-    return (dependency * completion_mask).sum(1) / completion_mask.sum(1).clamp(min=1)
-
-
 def shaping_factors(row_dependency, seen: torch.Tensor, args: Args) -> torch.Tensor:
-    """What advantages [R] are multiplied by (VPPO, eq. 5), from beta_min upwards; `seen` [S] is the dependency of all
-    rows of the step that count. With the dynamic beta_max their mean factor is 1. Rows that depend alike get 1."""
+    """What advantages [R] are multiplied by (VPPO, eq. 5); `seen` [S]: dependency of the step's rows that count.
+
+    >>> shaping_factors(torch.tensor([0.1, 0.2, 0.6]), torch.tensor([0.1, 0.2, 0.6]), Args(beta_min=0.8))
+    tensor([0.8000, 0.9000, 1.3000])
+    """
     if not len(seen) or seen.amax() - seen.amin() <= 1e-6:
         return torch.ones_like(row_dependency)
     point, factor = (seen.amax(), args.beta_max) if args.beta_max else (seen.mean(), 1)  # of the line from the least
@@ -220,33 +222,32 @@ def shaping_factors(row_dependency, seen: torch.Tensor, args: Args) -> torch.Ten
 
 
 def token_filter(dependency: torch.Tensor, completion_mask: torch.Tensor, keep_fraction: float) -> torch.Tensor:
-    """The ceil(keep_fraction n) of each completion's n tokens that depend most [R, T] bool; of equals the earlier."""
+    """The ceil(keep_fraction n) of each completion's n tokens that depend most [R, T] bool; of equals the earlier.
+
+    >>> token_filter(torch.tensor([[0.3, 0.3, 0.1, 0.9]]), torch.tensor([[True, True, True, False]]), 0.3)
+    tensor([[ True, False, False, False]])
+    """
     count = (completion_mask.sum(1).double() * keep_fraction - 1e-6).ceil()  # [R] 0.6 * 25 is a little over 15
     order = dependency.masked_fill(~completion_mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
     return (order.argsort(dim=1) < count[:, None]) & completion_mask
 
 
 def blacken_patches(pixel_values, uniforms: torch.Tensor, mask_prob: float, black: torch.Tensor) -> torch.Tensor:
-    """Patches [P, patch volume], those `black` [patch volume] whose number in `uniforms` [P] is below `mask_prob`."""
+    """Patches [P, patch volume], those `black` [patch volume] whose number in `uniforms` [P] is below `mask_prob`.
+
+    >>> blacken_patches(torch.ones(3, 2), torch.tensor([0.9, 0.5, 0.1]), 0.5, torch.zeros(2))[:, 0]
+    tensor([1., 1., 0.])
+    """
     return torch.where((uniforms < mask_prob)[:, None], black, pixel_values)
-
-
-def black_patch(image_processor) -> torch.Tensor:
-    """A black patch after normalization [C * patch volume] float32."""
-    values = -torch.tensor(image_processor.image_mean) / torch.tensor(image_processor.image_std)  # [C]
-    return values.repeat_interleave(image_processor.temporal_patch_size * image_processor.patch_size**2)
 
 
 def masked_prompts(prompts, policy, step: int, places: list[int], args: Args):
     """The prompts with random patches black: one view for each prompt at `places` of the step, or one for each row."""
-    copies = args.group_size if args.mask_per == "row" else 1
-    masked = prompts.select([n for n in range(len(places)) for _ in range(copies)])
+    streams = [(place, 1 + g) for place in places for g in range(args.group_size if args.mask_per == "row" else 1)]
+    masked = prompts.select([places.index(place) for place, _ in streams])
     if masked.pixel_values is not None:
-        patches = [int(grids.prod(-1).sum()) for grids in masked.image_grid_thw.split(masked.images_per_prompt)]
-        drawn = uniform_numbers(args.seed, step, [(p, 1 + g) for p in places for g in range(copies)], max(patches))
-        uniforms = torch.cat([row[:count] for row, count in zip(drawn, patches, strict=True)]).to(policy.device)  # [P]
-        black = black_patch(policy.image_processor).to(policy.device)
-        masked.pixel_values = blacken_patches(masked.pixel_values, uniforms, args.mask_prob, black)
+        uniforms = uniform_numbers(args.seed, step, streams, masked.patches).to(policy.device)  # [P]
+        masked.pixel_values = blacken_patches(masked.pixel_values, uniforms, args.mask_prob, policy.black_patch)
     return masked
 
 
@@ -350,10 +351,9 @@ def main(args: Args) -> dict:
             batch.old_logprobs = score_rows(scorer, batch, args.temperature, args.micro_batch_tokens)
         if args.kl_coef:
             batch.ref_logprobs = score_rows(reference, batch, args.temperature, args.micro_batch_tokens)
-        batch.dependency = torch.zeros_like(rollout.logprobs)  # [R, T]
-        if args.keep_fraction < 1 or args.beta_min < 1 or args.beta_max:
-            batch.dependency = token_dependency(scorer, policy, batch, step, places, args)
-        batch.row_dependency = row_mean(batch.dependency, completion_mask)  # [R]
+        needed = args.keep_fraction < 1 or args.beta_min < 1 or args.beta_max
+        batch.dependency = token_dependency(scorer, policy, batch, step, places, args) if needed else mask * 0.0
+        batch.row_dependency = (batch.dependency * completion_mask).sum(1) / completion_mask.sum(1).clamp(min=1)  # [R]
         blind = torch.tensor([not example.images for example in asked], device=device)  # [R]
         batch.keep = token_filter(batch.dependency, completion_mask, args.keep_fraction) | blind[:, None]  # [R, T]
         batch.seen = batch.trained & mask.any(1) & ~blind  # [R] rows whose dependency counts
@@ -393,9 +393,8 @@ def main(args: Args) -> dict:
                 meter.add("clip_ratio/low_mean", (ratio < 1 - args.clip_low) & (mb.advantages < 0), mb.mask)
                 meter.add("clip_ratio/high_mean", (ratio > 1 + args.clip_high) & (mb.advantages > 0), mb.mask)
                 meter.add("nll", -scores.logprobs, mb.mask)
-                meter.add("dependency", mb.dependency, mb.mask)
-                meter.add("dependency/kept", mb.dependency, mb.mask & mb.keep)
-                meter.add("dependency/dropped", mb.dependency, mb.mask & ~mb.keep)
+                for name, tokens_of in (("", mb.mask), ("/kept", mb.mask & mb.keep), ("/dropped", mb.mask & ~mb.keep)):
+                    meter.add(f"dependency{name}", mb.dependency, tokens_of)
                 meter.add("dependency/kept_share", mb.keep, mb.mask)
                 meter.add("dependency/clamped", mb.dependency >= 10, mb.mask)
             grad_norm = accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)

@@ -46,10 +46,10 @@ def test_figures_are_those_of_the_methods(family):
     scores = Scorer(policy)(prompts, ids, mask)
     image_mask = prompts.input_ids == policy.base.config.image_token_id
     ours = visual_focus(scores.states, scores.prompt_states, image_mask)
-    cosine = vgpo.cosines(scores.states, vgpo.visual_prototypes(scores.prompt_states, image_mask))
+    cosine = vgpo.cosines(scores.states, scores.prompt_states, image_mask)
     torch.testing.assert_close(ours[mask], ((1 + cosine) / 2)[mask], atol=1e-5, rtol=0)
     black = process_images(policy, [Image.new("RGB", (64, 64))])[0][:1]
-    torch.testing.assert_close(black[0], vppo.black_patch(policy.image_processor))
+    torch.testing.assert_close(black[0], policy.black_patch)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -74,7 +74,7 @@ def test_dependency_is_the_mean_over_masks_of_vppos(monkeypatch):
     clean, *masked = seen_prompts
     rollout = sample(policy, clean, 1, 6, None, temperature=0)
     ids, mask = rollout.completion_ids, rollout.completion_mask
-    scorer, black = Scorer(policy), vppo.black_patch(policy.image_processor)
+    scorer, black = Scorer(policy), policy.black_patch
     expected = torch.zeros(ids.shape)
     for k, prompts in enumerate(masked):
         uniforms = torch.from_numpy(np.random.default_rng([4, 0, k]).random(len(clean.pixel_values)))

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,9 @@ from PIL import Image
 import grpo
 import noisy_grpo
 from common.model import training
-from noisy_grpo import Args, group_z, levels_of, noise_schedule, noisy_bytes, noisy_image, posterior_advantages
+from noisy_grpo import ABAR, Args, group_z, levels_of, noisy_image, posterior_advantages
 from tests.one_step import gradient_norm, one_step, standardized, without_a_picture
 
-ABAR = noise_schedule()
 LADDER = [0.0, 0.3, 0.6, 0.9]
 ARGS = Args(group_size=4)
 close = lambda a, b, atol=1e-5: torch.testing.assert_close(
@@ -47,8 +47,10 @@ def test_the_schedule_has_the_worked_numbers(step, signal, noise):
 )  # fmt: skip
 def test_bytes_have_the_worked_numbers(step, clamped, wrapped):
     x, eps = np.array([0, 0.25, 0.5, 0.8, 1]), np.array([-1, 0.5, -0.25, 1.5, 1])
-    values = np.sqrt(ABAR[step]) * x + np.sqrt(1 - ABAR[step]) * eps
-    assert noisy_bytes(values, "clamp").tolist() == clamped and noisy_bytes(values, "wrap").tolist() == wrapped
+    dice = SimpleNamespace(standard_normal=lambda shape: eps[None])
+    for to_bytes, expected in (("clamp", clamped), ("wrap", wrapped)):
+        noisy = noisy_image(255 * x[None], max(step / 1000, 1e-9), dice, to_bytes)
+        assert np.asarray(noisy).tolist() == [expected]
 
 
 def test_noise_has_the_variance_of_its_level():

@@ -11,10 +11,9 @@ from PIL import Image
 import grpo
 import roma
 from common.corruptions import SEEN
-from common.data.prompts import replace_images
 from common.model.sampling import sample, uniform_numbers
 from common.model.scoring import Scorer
-from common.model.training import Batch, pack_views, rows_of
+from common.model.training import Batch, rows_of
 from tests.one_step import gradient_norm, one_step, standardized
 from tests.small_models import small_policy, small_prompts
 
@@ -41,7 +40,7 @@ def losses(
     mask = MASK & correct[:, None]
     divergences = roma.surrogate_kl(clean, views, mask)
     worst, _ = roma.worst_case(divergences, mask, how)
-    aux = roma.aux_loss(views, torch.tensor(aux_view), advantages, mask if gate_aux else MASK)
+    aux = roma.aux_loss(views, torch.tensor(aux_view), advantages[:, None], mask if gate_aux else MASK)
     kl, aux = (worst * weights).sum(), (aux * weights).sum()
     total = policy + 0.1 * kl + 0.1 * aux
     grad_clean, grad_views = torch.autograd.grad(total, (clean, views))
@@ -146,7 +145,7 @@ def test_properties_of_the_view_terms():
     garbage = views.masked_fill(~mask, torch.nan).requires_grad_()
     assert torch.equal(roma.surrogate_kl(clean.masked_fill(~mask, torch.nan), garbage, mask), divergences)
     loss = roma.surrogate_kl(clean, garbage, mask).sum()
-    loss = loss + roma.aux_loss(garbage, torch.ones(6).long(), clean[:, 0], mask).sum()
+    loss = loss + roma.aux_loss(garbage, torch.ones(6).long(), clean[:, :1], mask).sum()
     assert torch.autograd.grad(loss, garbage)[0].isfinite().all()
 
 
@@ -190,11 +189,11 @@ def test_packed_views_equal_each_view_scored_alone(family):
     viewed = [1, 6, 8]
     turns = (Image.Transpose.ROTATE_180, Image.Transpose.FLIP_LEFT_RIGHT)  # keep the size
     other = [[[image.transpose(turn) for image in images[n]] for n in range(len(images))] for turn in turns]
-    views = [replace_images(policy, prompts, pictures) for pictures in other]
+    views = [prompts.with_images(policy, pictures) for pictures in other]
     scorer, members = Scorer(policy), [2, 0]
     own = rows_of(members, 3)
     batch = Batch(prompts=prompts, views=views, ids=ids)
-    packed, rows, prompt_of_row = pack_views(batch, members, viewed, group_size=3)
+    packed, rows, prompt_of_row = batch.pack_views(own, viewed, group_size=3)
     assert rows == [6, 7, 8, 0, 1, 2, 1, 6, 8, 1, 6, 8]
     scores = scorer(packed, ids[rows], mask[rows], 1.0, prompt_of_row).logprobs
     clean = scorer(prompts.select(members), ids[own], mask[own]).logprobs

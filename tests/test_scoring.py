@@ -6,7 +6,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.data.examples import load_examples
 from common.data.messages import build_messages
-from common.data.prompts import replace_images
 from common.model.layers import RMSNorm, attention, normalize, rms_norm
 from common.model.load import encode_prompts, load_policy
 from common.model.sampling import sample, uniform_numbers
@@ -148,7 +147,7 @@ def test_images_swapped_between_prompts_change_the_scores():
     ids, mask = completions(policy, len(prompts) * GROUP)
     scorer = Scorer(policy)
     clean = scorer(prompts, ids, mask).logprobs
-    swapped = scorer(replace_images(policy, prompts, [images[1], images[0], images[2]]), ids, mask).logprobs
+    swapped = scorer(prompts.with_images(policy, [images[1], images[0], images[2]]), ids, mask).logprobs
     moved = ((clean - swapped).abs() > 1e-3).any(1).view(-1, GROUP).all(1)
     assert moved.tolist() == [True, True, False]
 
@@ -157,7 +156,7 @@ def test_replaced_images_must_fill_the_same_grid():
     policy = small_policy()
     prompts, _, images = small_prompts(policy)
     with pytest.raises(ValueError, match="grids"):
-        replace_images(policy, prompts, [[picture(64, 64, 0)], *images[1:]])
+        prompts.with_images(policy, [[picture(64, 64, 0)], *images[1:]])
 
 
 def test_the_softmax_leaves_out_vision_tokens():

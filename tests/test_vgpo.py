@@ -40,9 +40,8 @@ def factors_of(values, mask, args=ARGS):
 
 
 def test_the_main_example_has_the_worked_numbers():
-    prototypes = vgpo.visual_prototypes(PROMPT, IMAGE)
-    close(prototypes, [[0.5, 1.0, 0.0]])
-    cosine = vgpo.cosines(STATES, prototypes)
+    cosine = vgpo.cosines(STATES, PROMPT, IMAGE)
+    close(vgpo.cosines(torch.eye(3)[None], PROMPT, IMAGE), [[0.447214, 0.894427, 0.0]])  # the prototype is 0.5, 1, 0
     close(cosine, [[0.447214, 0.894427, 0.0, 0.774597], [1.0, -0.447214, 0.632456, 0.2]])
     weights, gate, token, trajectory = factors_of(cosine, EVERYTHING)
     assert gate.int().tolist() == [[0, 0, 0, 1], [0, 0, 1, 0]]
@@ -70,7 +69,7 @@ def test_the_main_example_has_the_worked_numbers():
     ],
 )
 def test_the_bonus_has_the_worked_numbers(beta, expected):
-    cosine = vgpo.cosines(STATES, vgpo.visual_prototypes(PROMPT, IMAGE))
+    cosine = vgpo.cosines(STATES, PROMPT, IMAGE)
     close(factors_of(cosine, EVERYTHING, replace(ARGS, compensation=beta))[2][0], expected)
 
 
@@ -225,7 +224,7 @@ def test_replacing_a_token_changes_its_own_score_and_none_before():
     def cosine(ids):
         with torch.no_grad():
             scores = Scorer(policy)(prompts, ids, mask)
-        return vgpo.cosines(scores.states, vgpo.visual_prototypes(scores.prompt_states, image_mask))[0]
+        return vgpo.cosines(scores.states, scores.prompt_states, image_mask)[0]
 
     for place in (2, 5):  # the last token, too
         other = ids.clone()

@@ -19,6 +19,7 @@ from tests.small_models import small_policy, small_prompts
 close = lambda a, b: torch.testing.assert_close(
     torch.as_tensor(a, dtype=torch.float32), torch.tensor(b), atol=1e-5, rtol=0
 )
+row_mean = lambda dependency, mask: (dependency * mask).sum(1) / mask.sum(1)  # as main computes it
 ARGS = vppo.Args(delta=3.0)
 CLEAN = torch.tensor(
     [
@@ -55,7 +56,7 @@ def loss_of(logprobs, args=ARGS, dependency=None, rows=slice(None)):
         dependency = vppo.visual_dependency(chosen(CLEAN), chosen(MASKED), MASK)
     keep = vppo.token_filter(dependency, MASK, args.keep_fraction)
     advantages = vppo.group_advantages(torch.tensor([1.0, 0.0]), 2, "group", 1e-6)
-    shaped = statistics(vppo.row_mean(dependency, MASK), args) * advantages if args.beta_min < 1 else advantages
+    shaped = statistics(row_mean(dependency, MASK), args) * advantages if args.beta_min < 1 else advantages
     losses, _ = vppo.policy_loss(logprobs, chosen(CLEAN), shaped[:, None], MASK, args)
     weights = vppo.token_weights(MASK, "dapo", 2, 7, 4)
     policy, entropy = losses * keep * weights, -torch.where(MASK, logprobs, 0) * weights
@@ -69,7 +70,7 @@ def test_dependency_has_the_worked_numbers_and_no_gradient():
     everything = torch.ones(1, 7, dtype=torch.bool)
     dependency = vppo.visual_dependency(old, masked, everything)
     close(dependency, [[1.310803, 0.0, 8.682494, 10.0, 10.0, 10.0, 0.018731]])
-    close(vppo.row_mean(dependency, everything), [5.716004])
+    close(row_mean(dependency, everything), [5.716004])
     assert not dependency.requires_grad
     garbage = masked.detach().clone()
     garbage[0, 3:] = torch.tensor([torch.nan, torch.inf, -torch.inf, 5.0])
@@ -81,7 +82,7 @@ def test_dependency_has_the_worked_numbers_and_no_gradient():
 def test_two_rows_have_the_worked_numbers():
     dependency = vppo.visual_dependency(chosen(CLEAN), chosen(MASKED), MASK)
     close(dependency, [[0.205066, 0.0, 0.426844, 0.032656], [0.004923, 0.082459, 0.002814, 0.0]])
-    close(vppo.row_mean(dependency, MASK), [0.166142, 0.030065])
+    close(row_mean(dependency, MASK), [0.166142, 0.030065])
     keep = vppo.token_filter(dependency, MASK, 0.4)
     assert keep.int().tolist() == [[1, 0, 1, 0], [1, 1, 0, 0]]
     worse = dependency.clone()
@@ -96,7 +97,7 @@ def test_the_divergence_over_the_vocabulary_has_the_worked_numbers():
     close(full[1, :3], [0.007137, 0.184269, 0.012471])
     keep = vppo.token_filter(full, MASK, 0.4)
     assert keep.int().tolist() == [[0, 1, 1, 0], [0, 1, 1, 0]]
-    close(vppo.row_mean(full, MASK), [0.569513, 0.067959])
+    close(row_mean(full, MASK), [0.569513, 0.067959])
     # The estimate on the sampled token is unbiased for it.
     p, q = CLEAN.double().log_softmax(-1), MASKED.double().log_softmax(-1)
     estimate = ((q - p).exp() - (q - p) - 1) * p.exp()
@@ -171,7 +172,7 @@ def test_the_divergence_as_dependency_and_micro_batches():
 
 def test_equal_views_keep_the_first_tokens_and_change_no_advantage():
     dependency = vppo.visual_dependency(chosen(CLEAN), chosen(CLEAN), MASK)
-    assert (dependency == 0).all() and torch.equal(statistics(vppo.row_mean(dependency, MASK)), torch.ones(2))
+    assert (dependency == 0).all() and torch.equal(statistics(row_mean(dependency, MASK)), torch.ones(2))
     assert vppo.token_filter(dependency, MASK, 0.4).int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0]]
 
 
@@ -196,12 +197,12 @@ def test_black_patches_are_those_of_a_picture_with_black_cells(family):
     clean, grid = process_images(policy, [Image.fromarray(pixels)])
     assert grid.tolist() == [[1, 4, 6]]
     marks = torch.rand(24, generator=torch.Generator().manual_seed(1))
-    masked = vppo.blacken_patches(clean, marks, 0.5, vppo.black_patch(policy.image_processor))
+    masked = vppo.blacken_patches(clean, marks, 0.5, policy.black_patch)
     # The processor lays patches out in blocks of 2 x 2: rows of blocks, blocks, rows in a block, patches.
     cells = (marks < 0.5).view(2, 3, 2, 2).transpose(1, 2).reshape(4, 6).numpy()
     pixels[np.kron(cells, np.ones((size, size), bool))] = 0
     torch.testing.assert_close(masked, process_images(policy, [Image.fromarray(pixels)])[0], atol=1e-6, rtol=0)
-    black = vppo.black_patch(policy.image_processor)
+    black = policy.black_patch
     assert torch.equal(vppo.blacken_patches(clean, marks, 0.0, black), clean)
     assert torch.equal(vppo.blacken_patches(clean, torch.full((24,), 0.5), 0.5, black), clean), "strictly below"
 
@@ -215,7 +216,7 @@ def test_a_token_that_cannot_see_the_image_does_not_depend_on_it(monkeypatch):
     ids, mask = rollout.completion_ids, rollout.completion_mask
     mask = torch.ones_like(mask)
     marks = torch.rand(len(prompts.pixel_values), generator=torch.Generator().manual_seed(0))
-    black = vppo.black_patch(policy.image_processor)
+    black = policy.black_patch
     masked = replace(prompts, pixel_values=vppo.blacken_patches(prompts.pixel_values, marks, 0.5, black))
     scorer = Scorer(policy)
 
@@ -290,7 +291,7 @@ def test_text_and_truncated_rows_are_not_shaped_and_a_second_epoch_shapes_no_mor
     )  # fmt: skip
     text = torch.arange(12).div(4, rounding_mode="floor") == 1
     dependency = seen["dependency"]
-    row = vppo.row_mean(dependency, mask)
+    row = row_mean(dependency, mask)
     counted = row[ended & ~text]
     shaping = 0.5 + 0.5 * (row - counted.min()) / (counted.mean() - counted.min())
     shaping[text] = 1

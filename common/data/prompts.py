@@ -2,20 +2,18 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import lru_cache, partial
 from typing import TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
 
 from common.data.examples import Example, load_examples
 from common.data.lengths import leave_out_long
 from common.data.messages import build_messages
 from common.data.mixture import load_mixture
-from common.model.load import Policy, Prompts, encode_prompts, process_images
+from common.model.load import Policy, Prompts, encode_prompts
 from common.rewards.designs import check_reward
 
 T = TypeVar("T")
@@ -62,18 +60,6 @@ def draw_prompts(
     examples = [train[indices[place]] for place in places]
     messages = [build_messages(example, args.prompt_template) for example in examples]
     return examples, encode_prompts(policy, messages, [list(example.images) for example in examples])
-
-
-def replace_images(policy: Policy, prompts: Prompts, images: list[list[Image.Image]]) -> Prompts:
-    """The same prompts seeing other pictures of the same sizes: another view for teacher forcing.
-
-    Raises:
-        ValueError: the new pictures do not fill the same grids, so that the prompt's tokens would not fit them.
-    """
-    pixels, grids = process_images(policy, [image for row in images for image in row])
-    if not torch.equal(grids, prompts.image_grid_thw):
-        raise ValueError(f"the new images have grids {grids.tolist()}, the prompts {prompts.image_grid_thw.tolist()}")
-    return replace(prompts, pixel_values=None if pixels is None else pixels.to(policy.device))
 
 
 def batch_indices(seed: int, step: int, size: int, length: int) -> list[int]:

@@ -29,7 +29,6 @@ from PIL import Image
 
 from common.data.examples import Example
 from common.data.messages import TEMPLATE, build_messages, check_template
-from common.data.prompts import replace_images
 from common.data.puzzles import COLOURS, SHAPES, puzzle, solve
 from common.evaluation.accuracy import aligned, asked_examples, at_most
 from common.evaluation.robustness import bootstrap
@@ -104,7 +103,7 @@ def views(policy: Policy, examples: Sequence[Example], others: Sequence[Example]
         [theirs.resize(own.size) for own, theirs in zip(e.images, o.images, strict=True)]
         for e, o in zip(examples, others, strict=True)
     ]
-    return {"real": real, "grey": replace_images(policy, real, grey), "other": replace_images(policy, real, other)}
+    return {"real": real, "grey": real.with_images(policy, grey), "other": real.with_images(policy, other)}
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -80,6 +80,13 @@ class Policy:
         """The model without an adapter's wrapper (the adapter's layers stay in place)."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
+    @property
+    def black_patch(self) -> torch.Tensor:
+        """A black image patch as the vision tower takes it, after normalization: [patch volume] float32."""
+        of = self.image_processor
+        black = -torch.tensor(of.image_mean) / torch.tensor(of.image_std)  # [C]
+        return black.repeat_interleave(of.temporal_patch_size * of.patch_size**2).to(self.device)
+
     def autocast(self) -> AbstractContextManager:
         """bf16 arithmetic on CUDA over float32 master weights; nothing elsewhere."""
         return torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.device.type == "cuda")
@@ -99,6 +106,11 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def patches(self) -> list[int]:
+        """How many image patches each prompt has."""
+        return [int(grids.prod(-1).sum()) for grids in self.image_grid_thw.split(self.images_per_prompt)]
+
     def select(self, rows: list[int]) -> "Prompts":
         """The prompts `rows`, in that order (repetition allowed), trimmed to their longest."""
         first_image = torch.tensor([0, *self.images_per_prompt]).cumsum(0).tolist()
@@ -116,6 +128,17 @@ class Prompts:
             self.image_grid_thw[images],
             [self.images_per_prompt[r] for r in rows],
         )
+
+    def with_images(self, policy: Policy, images: list[list[Image.Image]]) -> "Prompts":
+        """The same prompts seeing other pictures of the same sizes: another view for teacher forcing.
+
+        Raises:
+            ValueError: the new pictures do not fill the same grids, so that the prompt's tokens would not fit them.
+        """
+        pixels, grids = process_images(policy, [image for row in images for image in row])
+        if not torch.equal(grids, self.image_grid_thw):
+            raise ValueError(f"the new images have grids {grids.tolist()}, the prompts {self.image_grid_thw.tolist()}")
+        return replace(self, pixel_values=None if pixels is None else pixels.to(policy.device))
 
 
 def check_model(name: str) -> None:

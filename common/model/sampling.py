@@ -42,14 +42,18 @@ class Rollout:
         return len(self.completion_ids)
 
 
-def uniform_numbers(seed: int, step: int, rows: Sequence[int | tuple[int, int]], length: int) -> torch.Tensor:
+def uniform_numbers(
+    seed: int, step: int, rows: Sequence[int | tuple[int, int]], length: int | Sequence[int]
+) -> torch.Tensor:
     """Numbers [R, T] float64 in [0, 1): a pure function of seed, step and each row's place in the whole step.
 
     What else a method draws for a prompt of a step has a number above 0 behind the prompt's place, as (place, 1): 0
-    there, or none, would be a row's stream again.
+    there, or none, would be a row's stream again. With a length a row they are packed, row after row, in one dimension.
     """
-    streams = [[seed, step, *(row if isinstance(row, tuple) else (row,))] for row in rows]
-    return torch.from_numpy(np.stack([np.random.default_rng(stream).random(length) for stream in streams]))
+    streams = [np.random.default_rng([seed, step, *(row if isinstance(row, tuple) else (row,))]) for row in rows]
+    if isinstance(length, int):
+        return torch.from_numpy(np.stack([stream.random(length) for stream in streams]))
+    return torch.from_numpy(np.concatenate([s.random(n) for s, n in zip(streams, length, strict=True)]))
 
 
 def sample(

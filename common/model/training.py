@@ -92,6 +92,26 @@ class Batch(SimpleNamespace):
         shares = torch.arange(len(self.ids)).view(parts, -1).tolist()
         return [self.rows(share) for share in shares] if parts > 1 else [self]
 
+    def pack_views(
+        self, own: list[int], viewed: list[int], group_size: int
+    ) -> tuple[Prompts, list[int], list[int] | None]:
+        """One batch for one forward: the rows `own`, which are whole groups, then the rows `viewed` of any groups under
+        each of the `views`.
+
+        Returns prompts, the rows' numbers and each row's place among these prompts, as `Scorer` takes them.
+        """
+        members = [row // group_size for row in own[::group_size]]
+        if not viewed:
+            return self.prompts.select(members), own, None
+        # A view's prompts stand in the rollout's order, whatever order the micro-batch has them in.
+        seen = sorted({row // group_size for row in viewed}, key=lambda n: int(self.number[n * group_size]))
+        parts = [self.prompts.select(members)] if members else []
+        packed = join(parts + [view.select(seen) for view in self.views])
+        prompt_of_row = [i // group_size for i in range(len(own))]
+        for k in range(len(self.views)):
+            prompt_of_row += [len(members) + k * len(seen) + seen.index(row // group_size) for row in viewed]
+        return packed, own + viewed * len(self.views), prompt_of_row
+
 
 def rate_at(args, step: int) -> float:
     """The learning rate of step `step`, from 0 to `args.steps` - 1: up in a straight line over `warmup_steps`, then
@@ -180,24 +200,3 @@ def score_rows(
         logprobs[mb.number, : mb.ids.shape[1]] = scores.logprobs
         visit(mb, scores)
     return logprobs
-
-
-def pack_views(
-    batch: Batch, members: list[int], viewed: list[int], group_size: int
-) -> tuple[Prompts, list[int], list[int] | None]:
-    """One batch for one forward: all rows of the groups `members`, then the rows `viewed` of any groups under each
-    view of `batch.views`.
-
-    Returns prompts, the rows' numbers and each row's place among these prompts, as `Scorer` takes them.
-    """
-    own = rows_of(members, group_size)
-    if not viewed:
-        return batch.prompts.select(members), own, None
-    # A view's prompts stand in the rollout's order, whatever order the micro-batch has them in.
-    seen = sorted({row // group_size for row in viewed}, key=lambda n: int(batch.number[n * group_size]))
-    parts = [batch.prompts.select(members)] if members else []
-    packed = join(parts + [view.select(seen) for view in batch.views])
-    prompt_of_row = [i // group_size for i in range(len(own))]
-    for k in range(len(batch.views)):
-        prompt_of_row += [len(members) + k * len(seen) + seen.index(row // group_size) for row in viewed]
-    return packed, own + viewed * len(batch.views), prompt_of_row

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from common.data.examples import Example
 from common.data.messages import build_messages
-from common.data.prompts import batch_indices, replace_images
+from common.data.prompts import batch_indices
 from common.model.decoder import Decoder, can_record
 from common.model.layers import precision
 from common.model.load import Policy, Prompts, encode_prompts, load_policy, save_policy
@@ -307,7 +307,7 @@ def comparison_remarks(args, policy, scorer, examples, rollout: Rollout, say) ->
                 f"log-probability: --model {args.model} does not get its pictures"
             )
     grey = [[Image.new("RGB", image.size, (128, 128, 128)) for image in row] for row in pictures]
-    reliance = float((own - scores(replace_images(policy, prompts, grey))).mean())
+    reliance = float((own - scores(prompts.with_images(policy, grey))).mean())
     say(f"  a grey picture in place of the real one costs {reliance:.2f} nats a token")
     if reliance < BLIND:
         yield (

@@ -51,7 +51,7 @@ def main(args: Args) -> dict[str, dict[str, float]]:
     for name, rows in (("repeat the hint", shortcut), ("look", ~shortcut)):
         own = figures[name] = {
             "share": float(rows.float().mean()),
-            "dependency": float(vppo.row_mean(dependency, mask)[rows].mean()),
+            "dependency": float((dependency.sum(1) / mask.sum(1))[rows].mean()),
         }
         for fraction in args.fractions:  # the first token is <think>
             own[f"kept at {fraction}"] = float(vppo.token_filter(dependency, mask, fraction)[rows, 1].float().mean())
