@@ -7,7 +7,7 @@ baseline: a completion is reinforced as far as it beats its siblings.
 
 NoisyGRPO (Qiu et al. 2025, arXiv 2510.21122) samples each completion on its own noisy copy of the image and trains it
 on the clean one. The advantage is a posterior's mean: the noise level gives the prior (the less the better), the reward
-the observation, trusted the more the further a group's rewards lie apart. Flags of the authors: see the page.
+the observation, trusted the more the further a group's rewards lie apart.
 
     noise        image_r = sqrt(abar_t) image + sqrt(1 - abar_t) eps, t = 1000 n_r, n_r the noise level of completion r
     z(x)         (x - mean of its group) / (s(x) + eps), s the standard deviation of its group

@@ -12,9 +12,9 @@ baseline: a completion is reinforced as far as it beats its siblings.
                  D^k_rt = e^-d - 1 + d, d = (logprob_rt without gradient) - view_logprob^k_rt, j one of the K at random
     loss         the mean of q + v over the tokens of the whole optimizer step (`loss_type` dapo; others below)
 
-ROMA (Liu et al. 2026, arXiv 2605.09262; by its abstract, which leaves much open) samples and compares completions on
-clean images: on a degraded one it would pay to invent. Tokens are scored under K corrupted views too. In right answers
-the view that deviates most at a token is pulled to the clean one; one view has a policy gradient. V rows have views.
+ROMA (Liu et al. 2026, arXiv 2605.09262; only its abstract was read, the rest is chosen) samples and compares on clean
+images: on a degraded one it would pay to invent. Tokens are scored under K corrupted views too. In right answers, V
+rows, the view that deviates most at a token is pulled to the clean one, and one view has a policy gradient.
 
 GRPO is of DeepSeekMath (Shao et al. 2024, arXiv 2402.03300); its variants go by the field's names: token-level
 loss and clip-higher (DAPO, 2503.14476), no length and no difficulty bias (Dr. GRPO, 2503.20783), sequence-level ratios
@@ -199,7 +199,7 @@ def surrogate_kl(logprobs: torch.Tensor, view_logprobs: torch.Tensor, mask: torc
     """Divergence D [K, V, T], k3 on the sampled tokens, at most 10, of views [K, V, T] from clean log-probabilities
     [V, T], 0 outside `mask`. The clean side is detached, or right tokens would fall where a corruption hurts them.
 
-    >>> surrogate_kl(torch.tensor([[-1.0]]), torch.tensor([[[-2.0]]]), torch.tensor([[True]]))  # e^-1
+    >>> surrogate_kl(torch.tensor([[-1.0]], requires_grad=True), torch.tensor([[[-2.0]]]), torch.tensor([[True]]))
     tensor([[[0.3679]]])
     """
     gap = torch.where(mask, logprobs.detach() - view_logprobs, 0).clamp(-20, 20)
@@ -207,7 +207,7 @@ def surrogate_kl(logprobs: torch.Tensor, view_logprobs: torch.Tensor, mask: torc
 
 
 def worst_case(divergences: torch.Tensor, mask: torch.Tensor, how: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest divergence [V, T] of [K, V, T], at each token or by its mean over `mask` [V, T], and whose it is.
+    """The largest divergence [V, T] of [K, V, T], at each token or by its mean over `mask` [V, T], and its view [V, T].
 
     >>> worst_case(torch.tensor([[[0.1, 0.5]], [[0.4, 0.3]]]), torch.tensor([[True, True]]), "token")
     (tensor([[0.4000, 0.5000]]), tensor([[1, 0]]))

@@ -6,7 +6,7 @@ For each prompt (image and question) sample G completions, score each with a rul
 baseline: a completion is reinforced as far as it beats its siblings.
 
 VGPO (Wang et al. 2026, arXiv 2604.09349) reads how visual a token is off the policy's own states. The most visual ones
-late in a completion get a bonus. These weights multiply the advantage: a token's in its completion, its in the group.
+late in a completion get a bonus. A token weighs by its completion, a completion by its group, in the advantage.
 
     focus        F_rt = (cosine(state_rt, mean state of the image tokens) + 1) / 2
     weight       w_rt = F_rt (1 + gate_rt beta t / T_r), gate: the top kappa of the last gamma of the completion, by F
@@ -228,7 +228,7 @@ def token_factors(weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def trajectory_factors(weights: torch.Tensor, group_size: int) -> torch.Tensor:
     """1 + phi [R]: each completion's sum of weights against its siblings', scaled alike (VGPO, eqs. 9-11).
 
-    >>> trajectory_factors(torch.tensor([[2.0, 1.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]), group_size=4)
+    >>> trajectory_factors(torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]), group_size=4)
     tensor([1.7500, 0.7500, 0.7500, 0.7500])
     """
     total = weights.sum(1).view(-1, group_size)  # [N, G]
@@ -237,7 +237,7 @@ def trajectory_factors(weights: torch.Tensor, group_size: int) -> torch.Tensor:
 
 @torch.no_grad()
 def advantage_factors(states, prompt_states, image_mask, mask, args: Args) -> dict[str, torch.Tensor]:
-    """The factors [R, T] of whole groups' advantages (VGPO, eq. 12) and, for the log, what they come from."""
+    """Factors [R, T] of the groups' advantages (VGPO, eq. 12) and what they come from; states [R, T, H], [N, P, H]."""
     cosine = torch.where(mask, cosines(states, prompt_states, image_mask), 0)
     weights, gate = compensate((cosine + 1) / 2, mask, args)
     factors = token_factors(weights, mask).clamp(*args.token_clamp)

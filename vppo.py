@@ -188,8 +188,8 @@ def policy_loss(
 def visual_dependency(old_logprobs, masked_logprobs, completion_mask: torch.Tensor) -> torch.Tensor:
     """S [R, T] float32 without gradient, k3 of KL(image || masked image) at most 10 (VPPO, eq. 3 by appendix B).
 
-    >>> visual_dependency(torch.tensor([[-2.0, -1.0]]), torch.tensor([[-1.0, -9.0]]), torch.ones(1, 2).bool())  # e - 2
-    tensor([[0.7183, 7.0003]])
+    >>> visual_dependency(torch.tensor([[-2.0, -2]]), -torch.ones(1, 2, requires_grad=True), torch.tensor([[1, 0]]) > 0)
+    tensor([[0.7183, 0.0000]])
     """
     d = torch.where(completion_mask, masked_logprobs - old_logprobs, 0).detach().clamp(-20, 20)
     return (d.expm1() - d).clamp(0, 10)
@@ -210,7 +210,7 @@ def vocabulary_divergence(hidden, masked_hidden, head, banned: torch.Tensor, tem
 
 
 def shaping_factors(row_dependency, seen: torch.Tensor, args: Args) -> torch.Tensor:
-    """What advantages [R] are multiplied by (VPPO, eq. 5); `seen` [S]: dependency of the step's rows that count.
+    """What advantages [R] are multiplied by (VPPO, eq. 5), 1 where all depend alike; `seen` [S]: all rows that count.
 
     >>> shaping_factors(torch.tensor([0.1, 0.2, 0.6]), torch.tensor([0.1, 0.2, 0.6]), Args(beta_min=0.8))
     tensor([0.8000, 0.9000, 1.3000])
@@ -393,8 +393,8 @@ def main(args: Args) -> dict:
                 meter.add("clip_ratio/low_mean", (ratio < 1 - args.clip_low) & (mb.advantages < 0), mb.mask)
                 meter.add("clip_ratio/high_mean", (ratio > 1 + args.clip_high) & (mb.advantages > 0), mb.mask)
                 meter.add("nll", -scores.logprobs, mb.mask)
-                for name, tokens_of in (("", mb.mask), ("/kept", mb.mask & mb.keep), ("/dropped", mb.mask & ~mb.keep)):
-                    meter.add(f"dependency{name}", mb.dependency, tokens_of)
+                for name, inside in (("", mb.mask), ("/kept", mb.mask & mb.keep), ("/dropped", mb.mask & ~mb.keep)):
+                    meter.add(f"dependency{name}", mb.dependency, inside)
                 meter.add("dependency/kept_share", mb.keep, mb.mask)
                 meter.add("dependency/clamped", mb.dependency >= 10, mb.mask)
             grad_norm = accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
