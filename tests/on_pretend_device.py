@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from common.data.examples import load_examples
 from common.data.messages import build_messages
 from common.model.decoder import Decoder
-from common.model.load import encode_prompts, load_policy
+from common.model.inputs import encode_prompts
+from common.model.load import load_policy
 from common.model.plan import Machine
 from common.model.sampling import DROP_EVERY, sample, uniform_numbers
 from common.model.scoring import Scorer

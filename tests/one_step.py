@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 
 from common.data.messages import build_messages
-from common.model.load import encode_prompts, load_policy
+from common.model.inputs import encode_prompts
+from common.model.load import load_policy
 from common.model.scoring import Scorer
 
 

@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common.model.load import Policy, encode_prompts, load_policy
+from common.model.inputs import encode_prompts
+from common.model.load import Policy, load_policy
 from common.model.processes import distribute, end_processes, gather_weights, part_of, whole
 from common.model.sampling import sample, uniform_numbers
 from common.model.scoring import Scorer

@@ -22,7 +22,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from common.model.load import Policy, encode_prompts, load_policy
+from common.model.inputs import encode_prompts
+from common.model.load import Policy, load_policy
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 SPECIAL = [

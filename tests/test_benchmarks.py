@@ -4,7 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common.model.load import encode_prompts, load_policy
+from common.model.inputs import encode_prompts
+from common.model.load import load_policy
 from common.model.memory import build_config
 from common.model.sampling import sample, uniform_numbers
 from tests.benchmarks import first_word, grpo_step

@@ -9,7 +9,8 @@ from common.data.lengths import leave_out_long, prompt_length
 from common.data.messages import TEMPLATE, build_messages
 from common.evaluation import __main__ as evaluation
 from common.evaluation import look
-from common.model.load import encode_prompts, load_policy
+from common.model.inputs import encode_prompts
+from common.model.load import load_policy
 from tests.small_models import picture
 
 

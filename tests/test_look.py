@@ -26,7 +26,8 @@ from common.evaluation.look import (
     summarize,
     visual_focus,
 )
-from common.model.load import TINY, process_images
+from common.model.inputs import process_images
+from common.model.load import TINY
 from common.model.sampling import sample, uniform_numbers
 from common.model.scoring import Scorer
 from tests.small_models import FAMILIES, picture, small_policy, small_prompts, watch_loading

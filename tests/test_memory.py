@@ -14,7 +14,8 @@ import roma
 import vppo
 from common.evaluation import __main__ as command
 from common.model.decoder import Decoder, SlotDecoder
-from common.model.load import encode_prompts, load_policy
+from common.model.inputs import encode_prompts
+from common.model.load import load_policy
 from common.model.memory import Work, find_shape, held, on_host, sampling, shape_of, update
 from common.model.plan import Machine, parse_machine, plan
 from common.model.sampling import sample, uniform_numbers

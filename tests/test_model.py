@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from common.model.load import check_model, encode_prompts, load_policy, save_policy
+from common.model.inputs import encode_prompts
+from common.model.load import check_model, load_policy, save_policy
 from common.model.scoring import Scorer
 from tests.small_models import FAMILIES, picture, small_folder, small_policy, small_prompts
 

@@ -11,7 +11,8 @@ from common.data.examples import Example, load_examples
 from common.data.messages import TEMPLATE
 from common.data.puzzles import hint, puzzle
 from common.evaluation import probes
-from common.model.load import load_policy, process_images
+from common.model.inputs import process_images
+from common.model.load import load_policy
 
 
 @pytest.fixture(scope="module")

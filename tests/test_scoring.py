@@ -6,8 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.data.examples import load_examples
 from common.data.messages import build_messages
+from common.model.inputs import encode_prompts
 from common.model.layers import RMSNorm, attention, normalize, rms_norm
-from common.model.load import encode_prompts, load_policy
+from common.model.load import load_policy
 from common.model.sampling import sample, uniform_numbers
 from common.model.scoring import Scorer, distinct_rows, token_logprobs
 from common.model.training import cut_by_tokens

@@ -12,7 +12,8 @@ from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 from common.data.examples import load_examples
 from common.data.messages import build_messages
 from common.data.puzzles import puzzle, solve
-from common.model.load import TINY, VISION_TOKENS, encode_prompts, load_policy
+from common.model.inputs import encode_prompts
+from common.model.load import TINY, VISION_TOKENS, load_policy
 from common.rewards.designs import REQUEST, request_for
 from common.tiny import recipe
 from common.tiny.teacher import BEDS, NEIGHBOURS, Flaws, demonstrate, describe, eye

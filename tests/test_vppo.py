@@ -9,8 +9,8 @@ from PIL import Image
 
 import grpo
 import vppo
+from common.model.inputs import process_images
 from common.model.layers import attention
-from common.model.load import process_images
 from common.model.sampling import sample, uniform_numbers
 from common.model.scoring import Scorer
 from tests.one_step import gradient_norm, one_step, standardized, without_a_picture

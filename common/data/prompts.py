@@ -13,7 +13,8 @@ from common.data.examples import Example, load_examples
 from common.data.lengths import leave_out_long
 from common.data.messages import build_messages
 from common.data.mixture import load_mixture
-from common.model.load import Policy, Prompts, encode_prompts
+from common.model.inputs import Prompts, encode_prompts
+from common.model.load import Policy
 from common.rewards.designs import check_reward
 
 T = TypeVar("T")

@@ -7,7 +7,8 @@ from common.corruptions import corrupt
 from common.data.examples import Example, load_examples
 from common.data.lengths import leave_out_long
 from common.data.messages import TEMPLATE, build_messages
-from common.model.load import Policy, encode_prompts, load_policy, newest_checkpoint
+from common.model.inputs import encode_prompts
+from common.model.load import Policy, load_policy, newest_checkpoint
 from common.model.sampling import decode, sample, uniform_numbers
 from common.rewards.answers import score
 from common.run.checkpoints import settings_of

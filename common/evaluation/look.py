@@ -29,7 +29,8 @@ from common.data.examples import Example
 from common.data.messages import TEMPLATE, build_messages, check_template
 from common.evaluation.accuracy import aligned, asked_examples, at_most
 from common.evaluation.robustness import bootstrap
-from common.model.load import Policy, encode_prompts, load_policy, newest_checkpoint, process_images
+from common.model.inputs import encode_prompts, process_images
+from common.model.load import Policy, load_policy, newest_checkpoint
 from common.model.sampling import decode, sample, uniform_numbers
 from common.model.scoring import Scorer
 from common.rewards.answers import score

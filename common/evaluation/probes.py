@@ -32,7 +32,8 @@ from common.data.messages import TEMPLATE, build_messages, check_template
 from common.data.puzzles import COLOURS, SHAPES, puzzle, solve
 from common.evaluation.accuracy import aligned, asked_examples, at_most
 from common.evaluation.robustness import bootstrap
-from common.model.load import Policy, Prompts, encode_prompts, load_policy, newest_checkpoint
+from common.model.inputs import Prompts, encode_prompts
+from common.model.load import Policy, load_policy, newest_checkpoint
 from common.model.sampling import decode, sample, uniform_numbers
 from common.model.scoring import Scorer
 from common.rewards.answers import check, extract, score

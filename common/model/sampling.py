@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from common.model.decoder import Decoder, SlotDecoder
+from common.model.inputs import Prompts
 from common.model.layers import precision
-from common.model.load import Policy, Prompts
+from common.model.load import Policy
 from common.model.scoring import forward_prompts
 
 # Ended rows are looked for every so many tokens, which costs a wait for the device, and are dropped when no more than

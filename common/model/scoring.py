@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from common.model.inputs import Prompts
 from common.model.layers import attention, decoder_layer, precision, rms_norm, rotary_tables
-from common.model.load import Policy, Prompts
+from common.model.load import Policy
 
 # Logits of this many entries may exist at a time (float32: 256 MiB).
 LOGIT_BUDGET = 2**26

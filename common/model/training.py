@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import torch
 from accelerate import Accelerator
 
-from common.model.load import Policy, Prompts, join, load_policy
+from common.model.inputs import Prompts, join
+from common.model.load import Policy, load_policy
 from common.model.processes import distribute, gather_weights
 from common.model.scoring import Scorer, Scores
 

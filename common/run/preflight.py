@@ -23,8 +23,9 @@ from common.data.examples import Example
 from common.data.messages import build_messages
 from common.data.prompts import batch_indices
 from common.model.decoder import Decoder, can_record
+from common.model.inputs import Prompts, encode_prompts
 from common.model.layers import precision
-from common.model.load import Policy, Prompts, encode_prompts, load_policy, save_policy
+from common.model.load import Policy, load_policy, save_policy
 from common.model.sampling import Rollout, decode, sample, uniform_numbers
 from common.model.scoring import Scorer
 from common.model.training import cut_by_tokens, rows_of

@@ -32,7 +32,8 @@ from transformers import (
 )
 
 from common.data.puzzles import Puzzle, ask, hint, puzzle
-from common.model.load import TINY, VISION_TOKENS, Policy, Prompts, encode_prompts, load_policy, save_policy
+from common.model.inputs import Prompts, encode_prompts
+from common.model.load import TINY, VISION_TOKENS, Policy, load_policy, save_policy
 from common.model.sampling import decode, sample, uniform_numbers
 from common.model.scoring import Scorer
 from common.rewards.designs import REQUEST, REQUESTS

@@ -19,7 +19,8 @@ import vppo
 from common.data.examples import load_examples
 from common.data.messages import build_messages
 from common.evaluation.accuracy import aligned
-from common.model.load import encode_prompts, load_policy
+from common.model.inputs import encode_prompts
+from common.model.load import load_policy
 from common.model.sampling import decode, sample, uniform_numbers
 from common.model.scoring import Scorer
 from common.run.settings import parse

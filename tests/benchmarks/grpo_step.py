@@ -21,7 +21,8 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.data.prompts import prefetch
-from common.model.load import Policy, encode_prompts, load_policy
+from common.model.inputs import encode_prompts
+from common.model.load import Policy, load_policy
 from common.model.sampling import decode, sample, uniform_numbers
 from common.model.scoring import Scorer
 from common.model.training import Batch, micro_batches

@@ -14,7 +14,8 @@ import torch
 import tyro
 from PIL import Image
 
-from common.model.load import encode_prompts, load_policy
+from common.model.inputs import encode_prompts
+from common.model.load import load_policy
 from common.model.sampling import sample, uniform_numbers
 from common.model.scoring import Scorer
 

@@ -21,7 +21,8 @@ from PIL import Image
 from transformers import LogitsProcessor
 
 from common.model import decoder
-from common.model.load import Policy, Prompts, encode_prompts, load_policy
+from common.model.inputs import Prompts, encode_prompts
+from common.model.load import Policy, load_policy
 from common.model.memory import find_shape, sampling
 from tests.peak_bytes import PeakBytes
 
