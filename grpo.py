@@ -261,7 +261,7 @@ def main(args: Args) -> dict:
             meter.total("updates_skipped", (trained_rows == 0) / accelerator.num_processes)
             if not trained_rows:
                 continue
-            for mb in micro_batches(part, args.group_size, args.micro_batch_tokens, accelerator):
+            for mb in micro_batches(part, args.group_size, args.micro_batch_tokens, scorer):
                 scores = scorer(mb.prompts, mb.ids, mb.completion_mask, args.temperature)
                 old_logprobs = scores.logprobs.detach() if mb.old_logprobs is None else mb.old_logprobs
                 losses, ratio = policy_loss(scores.logprobs, old_logprobs, mb.advantages, mb.mask, args)

@@ -364,7 +364,7 @@ def main(args: Args) -> dict:
             meter.total("updates_skipped", (trained_rows == 0) / accelerator.num_processes)
             if not trained_rows:
                 continue
-            for both in micro_batches(part, args.group_size, args.micro_batch_tokens // (1 + len(views)), accelerator):
+            for both in micro_batches(part, args.group_size, args.micro_batch_tokens // (1 + len(views)), scorer):
                 mb, scores, seen = score_with_views(scorer, both, args)
                 old_logprobs = scores.logprobs.detach() if mb.old_logprobs is None else mb.old_logprobs
                 losses, ratio = policy_loss(scores.logprobs, old_logprobs, mb.advantages, mb.mask, args)

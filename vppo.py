@@ -373,7 +373,7 @@ def main(args: Args) -> dict:
             part.advantages = (advantages[part.number] * shaping)[:, None] * part.keep  # [R, T]
             meter.add("shaping/mean", shaping[part.seen])
             meter.extremes("shaping/min", "shaping/max", shaping[part.seen])
-            for mb in micro_batches(part, args.group_size, args.micro_batch_tokens, accelerator):
+            for mb in micro_batches(part, args.group_size, args.micro_batch_tokens, scorer):
                 scores = scorer(mb.prompts, mb.ids, mb.completion_mask, args.temperature)
                 old_logprobs = scores.logprobs.detach() if mb.old_logprobs is None else mb.old_logprobs
                 losses, ratio = policy_loss(scores.logprobs, old_logprobs, mb.advantages, mb.mask, args)

@@ -1,7 +1,6 @@
 """All scripts on an accelerator that is not there: they take CUDA's branches and obey its rules."""
 
 import importlib
-import json
 
 import pytest
 import torch
@@ -16,12 +15,11 @@ from common.model.plan import Machine
 from common.model.sampling import DROP_EVERY, sample, uniform_numbers
 from common.model.scoring import Scorer
 from common.run import folder
-from common.run.settings import parse, plan_of
+from common.run.settings import plan_of
 from tests.pretend_device import CUDA, pretended
 from tests.small_models import larger_folder, small_folder
+from tests.small_runs import SETTINGS, find_some_right, train
 
-STEPS_OF_NOTHING = "--test-examples 0 --eval-every 0 --robust-examples 0 --no-preflight".split()
-SMALL = "--data puzzles --steps 1 --prompts-per-step 2 --group-size 4 --max-completion-length 8".split()
 READS_A_STEP = 268  # 8 of them when the device is measured at the start
 
 
@@ -32,27 +30,6 @@ def device(monkeypatch):
         monkeypatch.setattr("common.run.rates.SIZES", {"cuda": (8, 64)})  # which would outweigh a small model
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # which peft would ask about the model
         yield there
-
-
-def train(script: str, out, *flags: str, model: str = "") -> list[dict]:
-    """The metrics of a run on a small model."""
-    module = importlib.import_module(script)
-    model = model or small_folder("qwen3_vl")
-    module.main(parse(module.Args, ["--model", model, *SMALL, *STEPS_OF_NOTHING, "--out", str(out), *flags]))
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def find_some_right(script: str, monkeypatch) -> None:
-    """So that every term of the loss is there."""
-    module = importlib.import_module(script)
-    reward = module.reward_completions
-
-    def some_right(*args):
-        found = reward(*args)
-        right = [float(n % 3 == 0) for n in range(len(found.rewards))]
-        return found._replace(rewards=right, accuracy=right)
-
-    monkeypatch.setattr(module, "reward_completions", some_right)
 
 
 def test_the_device_refuses_what_cuda_refuses(device):
@@ -103,20 +80,6 @@ def test_sampling_is_recorded_as_graphs_that_say_the_same(slots, device, monkeyp
         logprobs = Scorer(policy)(prompts, plain.completion_ids, plain.completion_mask).logprobs
     apart = (logprobs - plain.logprobs).abs()[plain.completion_mask].mean()
     assert 0 < float(apart) < 0.01, "rounding, and no more"
-
-
-SETTINGS = {
-    "grpo": "--kl-coef 0.1 --updates-per-rollout 2 --soft-punish-cache 4",
-    "grpo with adapters": "--lora-rank 2 --kl-coef 0.1 --importance-sampling-level sequence",
-    "grpo in slots": "--slots 3 --micro-batch-tokens 300 --filter-groups reward --top-p 0.9 --top-k 20 --tis-cap 2",
-    "roma": "--kl-coef 0.1",
-    "roma of whole completions": "--kl-worst-case sequence --updates-per-rollout 2 --view-gate none",
-    "vppo over the vocabulary": "--filter-groups none --dependency kl --mask-per row",
-    "vppo": "--updates-per-rollout 2",
-    "vgpo": "--updates-per-rollout 2 --schedule step --kl-coef 0.1",
-    "noisy_grpo": "",
-    "noisy_grpo on noisy images": "--update-image noisy --noise-draw uniform --anneal --posterior fixed --slots 3",
-}
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -14,11 +14,11 @@ import grpo
 from common.model.load import TINY, Policy, load_policy
 from common.model.processes import distribute, gather_weights, whole
 from common.model.scoring import Scorer
-from common.model.training import rate_at
+from common.model.training import Batch, micro_batches, rate_at
 from common.run.checkpoints import masters
 from common.run.settings import check_settings
 from tests.parallel_worker import question
-from tests.small_models import FAMILIES, small_folder
+from tests.small_models import FAMILIES, small_folder, small_prompts
 from tests.test_training import QUICK, assert_same_gradients, assert_same_weights, train, train_in_two
 from tests.train_worker import record
 
@@ -98,3 +98,31 @@ def test_a_frozen_tower_is_not_rounded_with_the_copy_that_is_computed_with(famil
     assert policy.model.get_output_embeddings().weight.dtype == torch.bfloat16
     assert all(p.grad is not None for p in parameters) and len(parameters) < len(saved)
     assert all(torch.equal(value, before[name]) for name, value in saved.items())
+
+
+def test_with_masters_off_the_device_gradients_are_moved_once():
+    """They are summed up before, in float32, and the sum is that of all rows together."""
+
+    def learn(offload: bool, budget: int) -> tuple[list[bool], list[torch.Tensor]]:
+        policy = load_policy(small_folder("qwen3_vl"), offload_optimizer=offload)
+        trained, parameters = distribute(Scorer(policy), Accelerator(cpu=True), offload)
+        gather_weights(trained)
+        prompts, _, _ = small_prompts(policy)
+        ids = torch.randint(0, 256, (2 * len(prompts), 5), generator=torch.Generator().manual_seed(0))
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        batch = Batch(prompts=prompts, ids=ids, completion_mask=mask, trained=mask[:, 0])
+        there = []
+        for mb in micro_batches(batch, 2, budget, trained):
+            trained(mb.prompts, mb.ids, mb.completion_mask).logprobs.sum().backward()
+            there.append(parameters[0].grad is not None)
+        return there, [p.grad.full_tensor() if offload else p.grad for p in parameters]
+
+    there, once = learn(offload=False, budget=10_000)
+    assert there == [True]
+    try:
+        there, summed = learn(offload=True, budget=60)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert there == [False, False, True]
+    for one, other in zip(once, summed, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)

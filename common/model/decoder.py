@@ -9,6 +9,9 @@ from common.model.layers import fused, normalize, rms_norm, rotary_tables
 from common.model.scoring import Prefix
 
 GRAPH_TOKENS = 128  # a CUDA graph reads so many places of the cache more than the one before
+ALIGNED = (
+    8  # bfloat16 numbers that CUDA's fast matrix products read at once; of rows of other widths slow ones are taken
+)
 BLOCK_TOKENS = 128  # places of a block of the cache, where rows share it out
 
 
@@ -32,17 +35,19 @@ class Decoder:
         # Heads stand in front of rows, so that a prompt's rows lie side by side and are a matrix without a copy.
         prompts, heads, _, size = prefix.values[0].shape
         dtype = prefix.values[0].dtype
+        padding = aligned(prefix.attention_mask.shape[1], self.device) - prefix.attention_mask.shape[1]
+        mask = torch.nn.functional.pad(prefix.attention_mask, (padding, 0))  # [N, P]
         self.prompts = []
         while prefix.keys:  # out of the prefix, a layer at a time, so that they are not held twice
             pair = torch.stack([prefix.keys.pop(0), prefix.values.pop(0)])
-            self.prompts.append(pair.transpose(1, 2).contiguous())
+            self.prompts.append(torch.nn.functional.pad(pair.transpose(1, 2), (0, 0, padding, 0)).contiguous())
         shape = (2, heads, prompts * group_size, max_new_tokens, size)
         # A layer: keys and values, [2, key heads, N, P, D] above and [2, key heads, A, T, D] here, zeros at first, for
         # what is not written yet has weight 0, and 0 times it must be 0.
         self.caches = [torch.zeros(shape, dtype=dtype, device=prefix.states.device) for _ in self.prompts]
         self.prompt_bias = None
-        if not bool(prefix.attention_mask.all()):
-            self.prompt_bias = padding_bias(prefix.attention_mask)  # [N, 1, P]
+        if not bool(mask.all()):
+            self.prompt_bias = padding_bias(mask)  # [N, 1, P]
         self.prompt_of_row = torch.arange(prompts, device=prefix.states.device).repeat_interleave(group_size)  # [A]
         self.row_of_seat = self.seat_of_row = None  # each prompt has as many rows, in order
         self.seats = group_size
@@ -210,7 +215,7 @@ class SlotDecoder(Decoder):
     def __init__(self, model, slots: int, group_size: int, max_new_tokens: int, prompt_width: int, positions: int):
         self.read_weights(model)
         self.make_rotary(positions)
-        self.seats, self.width, self.prompt_bias = group_size, prompt_width, None
+        self.seats, self.width, self.prompt_bias = group_size, aligned(prompt_width, self.device), None
         self.row_in_slot = np.full(slots, -1)  # of all rows: row r belongs to prompt r // group_size
         self.prompt_in_room = np.full(0, -1)  # [E]
         self.started = np.zeros(slots, dtype=np.int64)  # [A] steps before the row came
@@ -401,6 +406,11 @@ class Blocks:
             block_of_row=self.table.copy(), row_of_block=row_of_block, start_of_block=start_of_block,
             place_of_block=place_of_block,
         )  # fmt: skip
+
+
+def aligned(width: int, device: torch.device) -> int:
+    """The width of a row of bfloat16 numbers with which it begins where fast kernels can read it."""
+    return width if device.type == "cpu" else -(-width // ALIGNED) * ALIGNED
 
 
 def can_record(device: torch.device) -> bool:

@@ -297,6 +297,8 @@ def update(shape: Shape, work: Work, processes: int) -> float:
             * shape.vision_depth
             * (shape.vision_width * 4)
         )
+    if full and processes == 1 and work.offload_optimizer:  # gradients are summed up here before they are moved
+        kept += trained_parameters(shape, work) * 4
     if full:
         head_gradient = shape.vocabulary * shape.hidden * (2 + 4)
     seen, width = work.width + work.completion, shape.key_heads * shape.head_size

@@ -1,11 +1,14 @@
 """What a training loop needs of the model: set up, the rows of a step as batches, and their micro-batches."""
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather
+from torch.distributed.fsdp import FSDPModule
 
 from common.model.inputs import Prompts, join
 from common.model.load import Policy, load_policy
@@ -20,6 +23,8 @@ def prepare(args, accelerator: Accelerator) -> tuple[Policy, torch.nn.Module, Ca
     these, the whole copy that the policy computes with follows the optimizer's steps and a checkpoint that it loads.
     """
     device = accelerator.device
+    if args.offload_optimizer and device.type == "cuda":  # the step is taken there, and launchers leave one thread each
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     policy = load_policy(
         args.model,
         device=device,
@@ -141,16 +146,15 @@ def total_counts(batch: Batch, accelerator: Accelerator) -> list[int]:
     return accelerator.reduce(counts).tolist()
 
 
-def micro_batches(
-    batch: Batch, group_size: int, budget: int, accelerator: Accelerator | None = None
-) -> Iterator[Batch]:
+def micro_batches(batch: Batch, group_size: int, budget: int, scorer: torch.nn.Module | None = None) -> Iterator[Batch]:
     """The trained groups of a batch in micro-batches of at most `budget` tokens, prompts and padding counted.
 
     Groups of similar length stand together, the longest first, so that memory runs out at once or never; a group is
     never parted, since its rows share the prompt's forward (`Scorer` cuts a group above the budget into slices).
 
-    With an accelerator every process gets as many micro-batches: each backward call averages gradients over processes,
-    so one with fewer goes on with single tokens outside the loss.
+    With the `scorer` that is trained on them every process gets as many: each backward call averages gradients over
+    processes, so one with fewer goes on with single tokens outside the loss. A single process with masters off the
+    device sums gradients up on the device, in float32, and moves them after the last.
     """
     groups = batch.trained.view(-1, group_size).any(1).nonzero()[:, 0].tolist()
     lengths = batch.completion_mask.sum(1)  # [R]
@@ -158,14 +162,22 @@ def micro_batches(
     longest = lengths.view(-1, group_size).amax(1)[groups].tolist()
     cuts = cut_by_tokens(longest, prompt_tokens, group_size, budget)
     calls = len(cuts)
-    if accelerator and accelerator.num_processes > 1:  # before the first, since forwards of DDP wait for each other
-        calls = int(accelerator.gather(torch.tensor([calls], device=accelerator.device)).max())
-    for cut in cuts:
+    if scorer is not None and PartialState().num_processes > 1:  # before the first: DDP's forwards wait for each other
+        calls = int(gather(torch.tensor([calls], device=lengths.device)).max())
+    for number, cut in enumerate(cuts, 1):
+        sum_on_device(scorer, number < calls)
         yield batch.rows(rows_of([groups[n] for n in cut], group_size), longest[cut[0]])
     for _ in range(calls - len(cuts)):
         idle = batch.rows(list(range(group_size)), 1)
         idle.mask = torch.zeros_like(idle.mask)
         yield idle
+
+
+def sum_on_device(scorer: torch.nn.Module | None, more: bool) -> None:
+    """Where a single process has its masters off the device, let gradients wait there for those of the next backward
+    pass, if there are `more`: moving them takes longer than computing them."""
+    if isinstance(scorer, FSDPModule) and PartialState().num_processes == 1:
+        scorer.set_requires_gradient_sync(not more)
 
 
 def cut_by_tokens(lengths: list[int], prompt_tokens: int, group_size: int, budget: int) -> list[list[int]]:

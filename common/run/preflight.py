@@ -28,7 +28,7 @@ from common.model.layers import precision
 from common.model.load import Policy, load_policy, save_policy
 from common.model.sampling import Rollout, decode, sample, uniform_numbers
 from common.model.scoring import Scorer
-from common.model.training import cut_by_tokens, rows_of
+from common.model.training import cut_by_tokens, rows_of, sum_on_device
 from common.rewards.answers import check, extract, score
 from common.rewards.designs import DESIGNS, design_rewards
 from common.run.doctor import endings_of
@@ -374,6 +374,7 @@ def dry_step(args, scorer: Scorer, optimizer, train: Sequence[Example], processe
         width = prompts.input_ids.shape[1]
         batch = max(cut_by_tokens([length] * len(prompts), width, size, args.micro_batch_tokens), key=len)
         own = rows_of(batch, size)
+        sum_on_device(scorer, length > 1)
         scores = scorer(prompts.select(batch), ids[own, :length], mask[own], args.temperature)
         (0 * scores.logprobs.sum()).backward()
     optimizer.zero_grad()

@@ -10,7 +10,6 @@ and, for sampling, the weights, keys and values to read for each token at the ba
 To measure against another trainer, run both in turn on the same machine and compare the medians.
 """
 
-import contextlib
 import statistics
 import time
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 import torch
 import tyro
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 from common.data.prompts import prefetch
 from common.model.inputs import encode_prompts
@@ -63,7 +61,8 @@ def open_policy(options: Options) -> Policy:
 
 def rates(policy: Policy) -> tuple[float, float]:
     """Operations a second of one large matrix product, bytes a second of one large copy, the best of ten each."""
-    matrix = torch.randn(4096 if policy.device.type == "cuda" else 1024, 8192, device=policy.device)
+    rows, dtype = (8192, torch.bfloat16) if policy.device.type == "cuda" else (1024, torch.float32)
+    matrix = torch.randn(rows, 8192, device=policy.device, dtype=dtype)
     square, source = matrix.T.contiguous(), torch.zeros(2**26, device=policy.device)
     target = source.clone()
 
@@ -77,30 +76,33 @@ def rates(policy: Policy) -> tuple[float, float]:
             seconds.append(time.perf_counter() - start)
         return min(seconds)
 
-    with policy.autocast():
-        product = best(lambda: matrix @ square)
+    product = best(lambda: matrix @ square)
     return 2 * matrix.numel() * len(matrix) / product, 2 * source.nbytes / best(lambda: target.copy_(source))
 
 
-def sampling_needs(policy: Policy, width: int, options: Options) -> tuple[float, float]:
-    """Operations of sampling's matrix products (those of attention and of the image left out) and bytes it reads."""
+def needs(policy: Policy, width: int, options: Options) -> tuple[float, float, float]:
+    """Operations of sampling's matrix products, bytes it reads, and operations of scoring's, forward and backward.
+
+    Those of attention, of pictures and of recomputing are left out; of frozen weights there is no gradient.
+    """
     config, text = policy.base.config.text_config, policy.base.model.language_model
     weights = sum(p.numel() for p in text.layers.parameters()) + policy.base.get_output_embeddings().weight.numel()
     rows, size = options.prompts * options.group, 2 if policy.device.type == "cuda" else 4
     cached = options.prompts * width + rows * options.tokens / 2  # places, on average over the tokens
     a_place = 2 * config.num_hidden_layers * config.num_key_value_heads * text.layers[0].self_attn.head_dim
-    operations = 2 * weights * (rows * options.tokens + options.prompts * width)
-    return operations, options.tokens * size * (weights + cached * a_place)
+    forward = 2 * weights * (rows * options.tokens + options.prompts * width)
+    passes = 2 if options.lora_rank else 3
+    return forward, options.tokens * size * (weights + cached * a_place), passes * forward
 
 
-def measure(policy: Policy, options: Options) -> tuple[list[float], dict[str, float], float, int, float]:
-    """Seconds of each step, of each phase the median; operations of scoring; prompt tokens; mean mismatch."""
+def measure(policy: Policy, options: Options) -> tuple[list[float], dict[str, float], int, float]:
+    """Seconds of each step, of each phase the median; prompt tokens; mean mismatch."""
     trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0, fused=True)
     scorer = Scorer(policy, gradient_checkpointing=options.cuda)
     args, rows, device = Args(), options.prompts * options.group, policy.device
     messages = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": options.question}]}]]
-    totals, phases, operations, gap = [], {}, 0.0, 0.0
+    totals, phases, gap = [], {}, 0.0
 
     def mark(name: str, since: float) -> float:
         if options.cuda:
@@ -131,13 +133,11 @@ def measure(policy: Policy, options: Options) -> tuple[list[float], dict[str, fl
             trained=torch.ones(rows, dtype=torch.bool, device=device),
         )
         for mb in micro_batches(batch, options.group, options.micro_batch_tokens):
-            with FlopCounterMode(display=False) if step == 0 else contextlib.nullcontext() as counter:
-                new = scorer(mb.prompts, mb.ids, mb.completion_mask).logprobs
-                losses, _ = policy_loss(new, new.detach(), mb.advantages, mb.completion_mask, args)
-                weights = token_weights(mb.completion_mask, "dapo", rows, int(mask.sum()), options.tokens)
-                (losses * weights).sum().backward()
+            new = scorer(mb.prompts, mb.ids, mb.completion_mask).logprobs
+            losses, _ = policy_loss(new, new.detach(), mb.advantages, mb.completion_mask, args)
+            weights = token_weights(mb.completion_mask, "dapo", rows, int(mask.sum()), options.tokens)
+            (losses * weights).sum().backward()
             gap += (new.detach() - mb.sampled_logprobs).abs().sum()
-            operations += counter.get_total_flops() if counter else 0
         now = mark("score", now)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -145,18 +145,18 @@ def measure(policy: Policy, options: Options) -> tuple[list[float], dict[str, fl
         totals.append(mark("update", now) - start)
         assert int(mask.sum()) == rows * options.tokens
     medians = {name: statistics.median(times[1:]) for name, times in phases.items()}
-    return totals[1:], medians, operations, width, float(gap) / (len(totals) * rows * options.tokens)
+    return totals[1:], medians, width, float(gap) / (len(totals) * rows * options.tokens)
 
 
 def main(options: Options) -> None:
     policy = open_policy(options)
-    totals, phases, operations, width, mismatch = measure(policy, options)
+    totals, phases, width, mismatch = measure(policy, options)
     print("seconds a phase: " + ", ".join(f"{name} {seconds:.3f}" for name, seconds in phases.items()))
     print(f"seconds a step: min {min(totals):.3f} median {statistics.median(totals):.3f} max {max(totals):.3f}")
     rate, bandwidth = rates(policy)
-    products, read = sampling_needs(policy, width, options)
+    products, read, both = needs(policy, width, options)
     print(f"this machine: {rate / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s")
-    for phase, amount, other in (("sample", products, read / bandwidth), ("score", operations, 0.0)):
+    for phase, amount, other in (("sample", products, read / bandwidth), ("score", both, 0.0)):
         floor = max(amount / rate, other)
         share = floor / phases[phase]
         print(f"floor of {phase}: {floor:.3f} s of {phases[phase]:.3f} ({share:.0%}), for {amount / 1e9:.1f} GFLOP")

@@ -61,6 +61,7 @@ def main(options: Options) -> None:
     prompts = encode_prompts(policy, [message] * options.prompts, images)
     rows = options.prompts * options.group
     every = prompts.select([n for n in range(options.prompts) for _ in range(options.group)])  # a prompt a row
+    grids = every.image_grid_thw.to(policy.device)
     image_token = policy.base.config.image_token_id
     scorer = Scorer(policy, gradient_checkpointing=options.cuda)
     print(f"{rows} rows, {prompts.input_ids.shape[1]} prompt tokens; seconds ours / theirs")
@@ -74,7 +75,7 @@ def main(options: Options) -> None:
             with torch.no_grad(), policy.autocast():
                 policy.model.generate(
                     input_ids=every.input_ids, attention_mask=every.attention_mask.long(),
-                    pixel_values=every.pixel_values, image_grid_thw=every.image_grid_thw,
+                    pixel_values=every.pixel_values, image_grid_thw=grids,
                     mm_token_type_ids=(every.input_ids == image_token).int(),
                     do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=tokens, min_new_tokens=tokens,
                 )  # fmt: skip
@@ -83,7 +84,7 @@ def main(options: Options) -> None:
             both = torch.cat([every.input_ids, ids], dim=1)
             with policy.autocast():
                 logits = policy.model(
-                    input_ids=both, pixel_values=every.pixel_values, image_grid_thw=every.image_grid_thw,
+                    input_ids=both, pixel_values=every.pixel_values, image_grid_thw=grids,
                     mm_token_type_ids=(both == image_token).int(), logits_to_keep=ids.shape[1] + 1,
                 ).logits[:, :-1]  # fmt: skip
             logprobs = logits.float().masked_fill(policy.banned, -1e30).log_softmax(-1)
