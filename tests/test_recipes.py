@@ -38,7 +38,7 @@ def test_seconds_of_a_step_are_the_arithmetic_that_is_shown():
     """4B on one card: 2,048 steps of decoding, three pictures' forwards and backwards, the step off the device."""
     recipe = next(r for r in RECIPES if r.name == "4B, all weights")
     shape, width, cache = find_shape(recipe.args.model), 256 + 1024, 64 * 0.7 * 250 + 8 * (256 + 1024)
-    decoding = 2048 * (2 * shape.read + cache * shape.cached) / (0.6 * 3.35e12)
-    products = (2 * 8 * width + 8 * 3 * (8 * width + 64 * 500)) * shape.read / (0.4 * 989e12)
+    decoding = 2048 * (2 * shape.read + cache * shape.cached) / (0.21 * 3.35e12)
+    products = (2 * 8 * width + 8 * 3 * (8 * width + 64 * 500)) * shape.read / (0.2 * 989e12)
     step = shape.parameters * (24 / 100e9 + 4 / 25e9)
     assert seconds_a_step(recipe.args, recipe.plan, shape) == pytest.approx(decoding + products + step)
