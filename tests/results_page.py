@@ -103,8 +103,6 @@ def gradients_rows(name: str) -> str:
 
 BLOCKS = {
     "default": lambda: methods_table("default", DEFAULT, "test, sampled"),
-    "controls": lambda: methods_table("default_controls", DEFAULT, "test, sampled"),
-    "controls-made-by": lambda: provenance("default_controls"),
     "default-made-by": lambda: provenance("default"),
     "filter": lambda: methods_table("oracle_readings", DEFAULT, "test, sampled", ("GRPO", "oracle readings")),
     "shortcut": lambda: methods_table("shortcut_75", SHORTCUT, MISLED),
@@ -131,14 +129,12 @@ def filled(text: str) -> str:
 def readme(text: str) -> str:
     """README.md with its blocks and, in the table of methods, each one's effect."""
     lines = text.split("\n")
-    figures = study("default_controls")["figures"] | study("default")["figures"]
-    own = {method: found["test, sampled"] for method, found in figures.items()}
+    own = {method: found["test, sampled"] for method, found in study("default")["figures"].items()}
     for script, method in SCRIPTS.items():
         (n,) = (n for n, line in enumerate(lines) if line.startswith(f"| `{script}.py` |"))
         cells = lines[n].split(" | ")
         mean = f"{number('', own[method]['mean'])} %"
-        first = study("default" if method in study("default")["figures"] else "default_controls")["figures"]["GRPO"]
-        cells[5] = mean if method == "GRPO" else span("", own[method], first["test, sampled"])
+        cells[5] = mean if method == "GRPO" else span("", own[method], own["GRPO"])
         lines[n] = " | ".join(cells)
     return filled("\n".join(lines))
 
