@@ -104,7 +104,7 @@ def plot_curves(curves: dict[str, list[list[tuple[int, float]]]], path: str | Pa
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     for method, runs in curves.items():
         steps = [step for step, _ in runs[0]]
         values = 100 * np.array([[value for _, value in run] for run in runs])
@@ -114,6 +114,6 @@ def plot_curves(curves: dict[str, list[list[tuple[int, float]]]], path: str | Pa
         axis.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.12)
     axis.set(xlabel="optimizer steps", ylabel="greedy accuracy on validation examples (%)")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the curves, which fill the picture
     figure.savefig(path, dpi=130)
     plt.close(figure)
