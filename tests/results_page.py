@@ -101,7 +101,17 @@ def gradients_rows(name: str) -> str:
     return markdown(lines)
 
 
+def credit_table() -> str:
+    """What methods give to tokens that read the picture and to right completions, with intervals over puzzles."""
+    lines = [["", "readings", "other tokens", "right completions", "wrong ones"]]
+    for name, parts in study("credit")["figures"].items():
+        shown = {part: "{:.3f} ({:.3f} to {:.3f})".format(f["mean"], *f["ci"]) for part, f in parts.items()}
+        lines.append([name, *(shown.get(part, "") for part in ("readings", "other tokens", "right", "wrong"))])
+    return markdown(lines)
+
+
 BLOCKS = {
+    "credit": lambda: credit_table(),
     "default": lambda: methods_table("default", DEFAULT, "test, sampled"),
     "default-made-by": lambda: provenance("default"),
     "filter": lambda: methods_table("oracle_readings", DEFAULT, "test, sampled", ("GRPO", "oracle readings")),

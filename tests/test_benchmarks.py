@@ -1,5 +1,7 @@
 """What the benchmarks build on; their figures are printed, never asserted."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
@@ -8,7 +10,7 @@ from common.model.inputs import encode_prompts
 from common.model.load import load_policy
 from common.model.memory import build_config
 from common.model.sampling import sample, uniform_numbers
-from tests.benchmarks import first_word, grpo_step
+from tests.benchmarks import credit, first_word, grpo_step
 from tests.benchmarks.random_model import SMALL, write_random_model
 
 
@@ -43,3 +45,23 @@ def test_the_word_that_decides_to_look_or_not_is_among_the_most_dependent(capsys
     assert figures["repeat the hint"]["share"] + figures["look"]["share"] == 1
     assert figures["repeat the hint"]["dependency"] < figures["look"]["dependency"]
     assert "first word kept at 0.4" in capsys.readouterr().out
+
+
+def test_what_methods_give_to_tokens_that_read_the_picture(tmp_path):
+    credit.main(credit.Options(tmp_path / "credit.json", puzzles=6, group_size=2))
+    figures = json.loads((tmp_path / "credit.json").read_text())["figures"]
+    given, mask, reads, right = credit.weights(credit.Options(tmp_path, puzzles=6, group_size=2))
+    assert 0 < reads.sum() < mask.sum() / 2 and not (reads & ~mask).any()
+    kept = given["VPPO: share that the filter keeps"]
+    assert figures["VPPO: share that the filter keeps"]["readings"]["mean"] == pytest.approx(
+        float(kept[reads].double().mean())
+    )
+    factor = given["VGPO: trajectory factor"]
+    assert figures["VGPO: trajectory factor"]["right"]["mean"] == pytest.approx(float(factor[right].double().mean()))
+
+
+def test_an_interval_is_over_puzzles():
+    """Each puzzle's rows agree, so that there are two draws and not eight: all of one kind with a chance of a half."""
+    values = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    found = credit.mean(values, torch.ones(8, dtype=torch.bool), puzzles=2, seed=0)
+    assert found == {"mean": 0.5, "ci": [0.0, 1.0]}
