@@ -101,6 +101,22 @@ def gradients_rows(name: str) -> str:
     return markdown(lines)
 
 
+def robustness_table() -> str:
+    """Accuracy on clean and corrupted pictures, and what the second method has over the first."""
+    columns = {
+        "clean": "test, greedy",
+        "seen corruptions": "test, seen corruptions",
+        "unseen corruptions": "test, unseen corruptions",
+        "shifted puzzles": "shifted, greedy",
+    }
+    figures = study("robustness")["figures"]
+    lines = [["", *columns]]
+    for method in ("GRPO", "ROMA"):
+        lines.append([method, *(number(f, figures[method][f]["mean"]) for f in columns.values())])
+    differences = (span(f, figures["ROMA"][f], figures["GRPO"][f]) for f in columns.values())
+    return markdown([*lines, ["ROMA, against GRPO", *differences]])
+
+
 def credit_table() -> str:
     """What methods give to tokens that read the picture and to right completions, with intervals over puzzles."""
     lines = [["", "readings", "other tokens", "right completions", "wrong ones"]]
@@ -112,6 +128,8 @@ def credit_table() -> str:
 
 BLOCKS = {
     "credit": lambda: credit_table(),
+    "robustness": lambda: robustness_table(),
+    "robustness-made-by": lambda: provenance("robustness"),
     "default": lambda: methods_table("default", DEFAULT, "test, sampled"),
     "default-made-by": lambda: provenance("default"),
     "filter": lambda: methods_table("oracle_readings", DEFAULT, "test, sampled", ("GRPO", "oracle readings")),
