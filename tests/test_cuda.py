@@ -1,14 +1,15 @@
-"""What is particular to a GPU, where there is one: `python -m pytest tests/on_cuda.py`."""
+"""What is particular to a GPU, where there is one: `python -m pytest --noconftest tests/on_cuda.py`."""
 
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 
-from tests import commands
+from tests.commands import ROOT
 
-HIDDEN = ("CUDA_VISIBLE_DEVICES", "ACCELERATE_")  # by which the other tests stay on the CPU
+HIDING = ("CUDA_VISIBLE_DEVICES", "ACCELERATE_")  # variables that keep the other tests on the CPU
 
 
 def has_gpu() -> bool:
@@ -18,7 +19,8 @@ def has_gpu() -> bool:
 
 
 @pytest.mark.skipif(not has_gpu(), reason="no GPU here")
-def test_everything_runs_on_a_gpu(tmp_path):
-    output, seen = tmp_path / "output", {k: v for k, v in os.environ.items() if not k.startswith(HIDDEN)}
-    tests = ["-m", "pytest", "-p", "no:cacheprovider", "--noconftest", "tests/on_cuda.py"]
-    assert commands.run(tests, output, seen) == 0, output.read_text()[-10000:]
+def test_everything_runs_on_a_gpu():
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(HIDING)}
+    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--noconftest", "tests/on_cuda.py"]
+    done = subprocess.run(words, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-10000:]
