@@ -25,6 +25,7 @@ from common.model.sampling import decode, sample, uniform_numbers
 from common.model.scoring import Scorer
 from common.rewards.designs import reward_completions
 from common.run.files import write
+from tests.benchmarks.earlier_focus import earlier
 from tests.benchmarks.oracles import reading_mask
 
 
@@ -55,13 +56,18 @@ def weights(options: Options) -> tuple[dict[str, torch.Tensor], torch.Tensor, to
     dependency = vppo.visual_dependency(scores.logprobs, unseen, mask)
     row_dependency = (dependency * mask).sum(1) / mask.sum(1).clamp(min=1)
     image_mask = prompts.input_ids == policy.base.config.image_token_id
-    found = vgpo.advantage_factors(scores.states, scores.prompt_states, image_mask, mask, of_vgpo)
+    found, before = (
+        vgpo.advantage_factors(states, scores.prompt_states, image_mask, mask, of_vgpo)
+        for states in (scores.states, earlier(scores.states, scores.prompt_states))
+    )
     given = {
         "entropy, nats": scores.entropy,
         "VPPO: share that the filter keeps": vppo.token_filter(dependency, mask, of_vppo.keep_fraction),
         "VPPO: shaping factor": vppo.shaping_factors(row_dependency, row_dependency, of_vppo),
         "VGPO: share that gets the bonus": found["gate"],
         "VGPO: token factor": vgpo.token_factors(found["weight"], mask).clamp(*of_vgpo.token_clamp),
+        "VGPO, one state earlier: share that gets the bonus": before["gate"],
+        "VGPO, one state earlier: token factor": vgpo.token_factors(before["weight"], mask).clamp(*of_vgpo.token_clamp),
         "VGPO: trajectory factor": vgpo.trajectory_factors(found["weight"], size).clamp(*of_vgpo.trajectory_clamp),
     }
     asked = [example for example in examples for _ in range(size)]
