@@ -10,8 +10,11 @@ from common.model.inputs import encode_prompts
 from common.model.load import load_policy
 from common.model.memory import build_config
 from common.model.sampling import sample, uniform_numbers
+from common.model.scoring import Scorer
 from tests.benchmarks import credit, first_word, grpo_step
+from tests.benchmarks.earlier_focus import earlier
 from tests.benchmarks.random_model import SMALL, write_random_model
+from tests.small_models import small_policy, small_prompts
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +68,14 @@ def test_an_interval_is_over_puzzles():
     values = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
     found = credit.mean(values, torch.ones(8, dtype=torch.bool), puzzles=2, seed=0)
     assert found == {"mean": 0.5, "ci": [0.0, 1.0]}
+
+
+def test_the_earlier_states_are_those_that_predict_the_tokens():
+    policy = small_policy()
+    prompts, _, _ = small_prompts(policy)
+    ids = torch.randint(0, 256, (2 * len(prompts), 5), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        scores = Scorer(policy)(prompts, ids, mask)
+    assert torch.allclose(earlier(scores.states, scores.prompt_states), scores.hidden, atol=1e-5)
+    assert not torch.allclose(scores.states, scores.hidden, atol=1e-2)
