@@ -21,6 +21,14 @@ DEFAULT = {
     "last look right": "last read right",
     "entropy": "entropy",
 }
+FLAWS = {  # what the default bed's teacher does wrong, and how much of it is left
+    "colours read right": "colour read right",
+    "shapes": "shape read right",
+    "heights": "height read right",
+    "first look right": "first read right",
+    "middle": "middle read right",
+    "last look": "last read right",
+}
 FIRST = ("before", "GRPO", "VPPO as published", "VGPO", "ROMA", "NoisyGRPO", "oracle undecided")
 SCRIPTS = {"grpo": "GRPO", "roma": "ROMA", "vppo": "VPPO", "vgpo": "VGPO", "noisy_grpo": "NoisyGRPO"}
 
@@ -131,6 +139,9 @@ BLOCKS = {
     "robustness": lambda: robustness_table(),
     "robustness-made-by": lambda: provenance("robustness"),
     "default": lambda: methods_table("default", DEFAULT, "test, sampled"),
+    "flaws": lambda: methods_table("default", FLAWS, "last read right"),
+    "parts": lambda: methods_table("parts", DEFAULT, "test, sampled"),
+    "parts-made-by": lambda: provenance("parts"),
     "default-made-by": lambda: provenance("default"),
     "filter": lambda: methods_table("oracle_readings", DEFAULT, "test, sampled", ("GRPO", "oracle readings")),
     "shortcut": lambda: methods_table("shortcut_75", SHORTCUT, MISLED),
