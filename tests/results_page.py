@@ -110,7 +110,7 @@ def gradients_rows(name: str) -> str:
 
 
 def robustness_table() -> str:
-    """Accuracy on clean and corrupted pictures, and what the second method has over the first."""
+    """Accuracy on clean and corrupted pictures, and what the other methods have over the first."""
     columns = {
         "clean": "test, greedy",
         "seen corruptions": "test, seen corruptions",
@@ -119,10 +119,13 @@ def robustness_table() -> str:
     }
     figures = study("robustness")["figures"]
     lines = [["", *columns]]
-    for method in ("GRPO", "ROMA"):
+    methods = [method for method in figures if method != "before"]
+    for method in methods:
         lines.append([method, *(number(f, figures[method][f]["mean"]) for f in columns.values())])
-    differences = (span(f, figures["ROMA"][f], figures["GRPO"][f]) for f in columns.values())
-    return markdown([*lines, ["ROMA, against GRPO", *differences]])
+    for method in methods[1:]:
+        differences = (span(f, figures[method][f], figures[methods[0]][f]) for f in columns.values())
+        lines.append([f"{method}, against {methods[0]}", *differences])
+    return markdown(lines)
 
 
 def credit_table() -> str:
