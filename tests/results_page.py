@@ -143,6 +143,8 @@ BLOCKS = {
     "robustness-made-by": lambda: provenance("robustness"),
     "default": lambda: methods_table("default", DEFAULT, "test, sampled"),
     "flaws": lambda: methods_table("default", FLAWS, "last read right"),
+    "rates": lambda: methods_table("rates", {k: DEFAULT[k] for k in tuple(DEFAULT)[:3]}, "test, sampled"),
+    "rates-made-by": lambda: provenance("rates"),
     "parts": lambda: methods_table("parts", DEFAULT, "test, sampled"),
     "parts-made-by": lambda: provenance("parts"),
     "default-made-by": lambda: provenance("default"),
