@@ -9,9 +9,7 @@ from common.model.layers import fused, normalize, rms_norm, rotary_tables
 from common.model.scoring import Prefix
 
 GRAPH_TOKENS = 128  # a CUDA graph reads so many places of the cache more than the one before
-ALIGNED = (
-    8  # bfloat16 numbers that CUDA's fast matrix products read at once; of rows of other widths slow ones are taken
-)
+ALIGNED = 8  # bfloat16 numbers that CUDA's fast matrix products read at once: rows of other widths get slow ones
 BLOCK_TOKENS = 128  # places of a block of the cache, where rows share it out
 
 
@@ -35,12 +33,15 @@ class Decoder:
         # Heads stand in front of rows, so that a prompt's rows lie side by side and are a matrix without a copy.
         prompts, heads, _, size = prefix.values[0].shape
         dtype = prefix.values[0].dtype
-        padding = aligned(prefix.attention_mask.shape[1], self.device) - prefix.attention_mask.shape[1]
+        width = prefix.attention_mask.shape[1]
+        padding = aligned(width, self.device) - width
         mask = torch.nn.functional.pad(prefix.attention_mask, (padding, 0))  # [N, P]
         self.prompts = []
         while prefix.keys:  # out of the prefix, a layer at a time, so that they are not held twice
-            pair = torch.stack([prefix.keys.pop(0), prefix.values.pop(0)])
-            self.prompts.append(torch.nn.functional.pad(pair.transpose(1, 2), (0, 0, padding, 0)).contiguous())
+            pair = torch.zeros(2, heads, prompts, padding + width, size, dtype=dtype, device=self.device)
+            for part, layer in zip(pair, (prefix.keys.pop(0), prefix.values.pop(0)), strict=True):
+                part[:, :, padding:] = layer.transpose(0, 1)
+            self.prompts.append(pair)
         shape = (2, heads, prompts * group_size, max_new_tokens, size)
         # A layer: keys and values, [2, key heads, N, P, D] above and [2, key heads, A, T, D] here, zeros at first, for
         # what is not written yet has weight 0, and 0 times it must be 0.

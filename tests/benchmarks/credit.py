@@ -25,7 +25,6 @@ from common.model.sampling import decode, sample, uniform_numbers
 from common.model.scoring import Scorer
 from common.rewards.designs import reward_completions
 from common.run.files import write
-from tests.benchmarks.earlier_focus import earlier
 from tests.benchmarks.oracles import reading_mask
 
 
@@ -58,7 +57,7 @@ def weights(options: Options) -> tuple[dict[str, torch.Tensor], torch.Tensor, to
     image_mask = prompts.input_ids == policy.base.config.image_token_id
     found, before = (
         vgpo.advantage_factors(states, scores.prompt_states, image_mask, mask, of_vgpo)
-        for states in (scores.states, earlier(scores.states, scores.prompt_states))
+        for states in (scores.states, scores.hidden)  # a token's own, and the one that predicts it
     )
     given = {
         "entropy, nats": scores.entropy,

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.recipes
 
 Memory is what `--plan` says. Seconds of a step are arithmetic, for cards of an H100's bandwidth and rate, of which
-decoding is taken to reach 21 % and matrix products 20 %, as `grpo_step` measured them on one with a model of 4B and
-adapters, and completions of 500 tokens on average, or half the limit:
+decoding is taken to reach 21 % and matrix products, recomputed ones counted, 20 %, as `grpo_step`'s seconds come to on
+one with a model of 4B and adapters, and completions of 500 tokens on average, or half the limit:
 
     tokens       each step of decoding reads the weights and the slots' keys and values, 0.7 of the slots being in use
     prompts      2 operations a weight and token
