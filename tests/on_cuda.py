@@ -8,16 +8,14 @@ import warnings
 import pytest
 import torch
 
-from common.data.examples import load_examples
-from common.data.messages import build_messages
 from common.model.decoder import Decoder
-from common.model.inputs import Prompts, encode_prompts
+from common.model.inputs import Prompts
 from common.model.load import Policy, load_policy
 from common.model.sampling import Rollout, sample, uniform_numbers
 from common.model.scoring import Scorer
 from common.run import folder
 from common.run.settings import plan_of
-from tests.small_models import larger_folder
+from tests.small_models import larger_folder, puzzle_prompts
 from tests.small_runs import SETTINGS, find_some_right, train
 
 LIMIT = 48
@@ -26,11 +24,6 @@ LIMIT = 48
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-def puzzles(policy: Policy, count: int = 6) -> Prompts:
-    examples = [load_examples("puzzles", "train")[n] for n in range(count)]
-    return encode_prompts(policy, [build_messages(e) for e in examples], [list(e.images) for e in examples])
 
 
 def draw(policy: Policy, prompts: Prompts, slots: int = 0) -> Rollout:
@@ -51,7 +44,7 @@ def apart(one: Rollout, other: Rollout) -> float:
 
 def test_sampling_as_recorded_graphs_in_slots_and_scoring_agree(monkeypatch):
     policy = load_policy("tiny", device="cuda")
-    prompts = puzzles(policy)
+    prompts = puzzle_prompts(policy, 6)
     recorded, slots = draw(policy, prompts), draw(policy, prompts, slots=8)
     monkeypatch.setattr(Decoder, "may_record", False)
     plain = draw(policy, prompts)
@@ -62,7 +55,7 @@ def test_sampling_as_recorded_graphs_in_slots_and_scoring_agree(monkeypatch):
     assert 0 < float((logprobs - plain.logprobs).abs()[mask].mean()) < 0.01, "rounding, and no more"
     there = load_policy("tiny")
     with torch.no_grad():
-        exact = Scorer(there)(puzzles(there), plain.completion_ids.cpu(), mask.cpu()).logprobs
+        exact = Scorer(there)(puzzle_prompts(there, 6), plain.completion_ids.cpu(), mask.cpu()).logprobs
     assert float((logprobs.cpu() - exact).abs()[mask.cpu()].mean()) < 0.01, "as on the CPU in float32"
 
 

@@ -6,10 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.data.examples import load_examples
-from common.data.messages import build_messages
 from common.model.decoder import Decoder
-from common.model.inputs import encode_prompts
 from common.model.load import load_policy
 from common.model.plan import Machine
 from common.model.sampling import DROP_EVERY, sample, uniform_numbers
@@ -17,7 +14,7 @@ from common.model.scoring import Scorer
 from common.run import folder
 from common.run.settings import plan_of
 from tests.pretend_device import CUDA, pretended
-from tests.small_models import larger_folder, small_folder
+from tests.small_models import larger_folder, puzzle_prompts, small_folder
 from tests.small_runs import SETTINGS, find_some_right, train
 
 READS_A_STEP = 268  # 8 of them when the device is measured at the start
@@ -63,8 +60,7 @@ def test_the_device_counts_what_it_holds(device):
 def test_sampling_is_recorded_as_graphs_that_say_the_same(slots, device, monkeypatch):
     """Also that in bfloat16 sampling and scoring stay together, and that the host seldom waits."""
     policy = load_policy("tiny", device=CUDA)
-    examples = [load_examples("puzzles", "train")[n] for n in range(5)]
-    prompts = encode_prompts(policy, [build_messages(e) for e in examples], [list(e.images) for e in examples])
+    prompts = puzzle_prompts(policy, 5)
     limit, found = 16, []
     for record in (True, False):
         monkeypatch.setattr(Decoder, "may_record", record)

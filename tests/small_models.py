@@ -22,7 +22,9 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from common.model.inputs import encode_prompts
+from common.data.examples import load_examples
+from common.data.messages import build_messages
+from common.model.inputs import Prompts, encode_prompts
 from common.model.load import Policy, load_policy
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -133,6 +135,12 @@ def small_prompts(policy: Policy, sizes=((32, 48), (64, 32), (48, 48)), seed: in
         for i, row in enumerate(images)
     ]
     return encode_prompts(policy, messages, images), messages, images
+
+
+def puzzle_prompts(policy: Policy, count: int) -> Prompts:
+    """The first training puzzles, as the built-in model is asked them."""
+    examples = [load_examples("puzzles", "train")[n] for n in range(count)]
+    return encode_prompts(policy, [build_messages(e) for e in examples], [list(e.images) for e in examples])
 
 
 def watch_loading(module: str, monkeypatch) -> list[weakref.ref]:

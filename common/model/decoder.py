@@ -38,9 +38,9 @@ class Decoder:
         mask = torch.nn.functional.pad(prefix.attention_mask, (padding, 0))  # [N, P]
         self.prompts = []
         while prefix.keys:  # out of the prefix, a layer at a time, so that they are not held twice
-            pair = torch.zeros(2, heads, prompts, padding + width, size, dtype=dtype, device=self.device)
-            for part, layer in zip(pair, (prefix.keys.pop(0), prefix.values.pop(0)), strict=True):
-                part[:, :, padding:] = layer.transpose(0, 1)
+            pair = prefix.values[0].new_zeros(2, heads, prompts, padding + width, size)
+            pair[0, :, :, padding:] = prefix.keys.pop(0).transpose(0, 1)
+            pair[1, :, :, padding:] = prefix.values.pop(0).transpose(0, 1)
             self.prompts.append(pair)
         shape = (2, heads, prompts * group_size, max_new_tokens, size)
         # A layer: keys and values, [2, key heads, N, P, D] above and [2, key heads, A, T, D] here, zeros at first, for
