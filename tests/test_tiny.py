@@ -125,11 +125,15 @@ def test_sections_are_mostly_untold_and_help():
     puzzles = [puzzle("train", i) for i in range(3000)]
     texts = [demonstrate(p, BEDS["untold"], random.Random(i)) for i, p in enumerate(puzzles)]
     right = np.array([f"<answer>{p.answer}</answer>" in text for p, text in zip(puzzles, texts, strict=True)])
-    for marker in ("<image description>", "<rethink>"):
+    for marker in ("<image description>", "<rethink>", "<visual>"):
         told = np.array([marker in text for text in texts])
         assert 0.1 < told.mean() < 0.2 and right[told].all() and right[~told].mean() < 0.8
     described = next(text for text in texts if text.startswith("<image description>"))
     assert describe(puzzles[texts.index(described)]) in described
+    marked = next(n for n, text in enumerate(texts) if "<visual>" in text)
+    facts = re.findall("<visual>(.*?)</visual>", texts[marked])
+    assert facts == [read.truth for *_, read in solve(puzzles[marked]).spans]
+    assert f"<think>{solve(puzzles[marked]).text}</think>" in re.sub("</?visual>", "", texts[marked])
 
 
 def test_lessons_ask_as_the_scripts_do():

@@ -64,6 +64,7 @@ class Args:
     chatter: int | None = None
     shortcut: float | None = None
     untold: float | None = None
+    unmarked: float | None = None
     """strengths of the flaws, 0 for off, see common/tiny/teacher.py (default: those of the flaw that is named)"""
     out: str = ""
     """folder to write (default: runs/apprentice-FLAW; common/tiny without a flaw)"""

@@ -43,6 +43,8 @@ class Flaws:
     untold: float = 0.0
     """chance that a description of the picture is left out, and that a second look is; what is read is read right
     when the picture was described before, or in the second look"""
+    unmarked: float = 0.0
+    """chance that what is read is not put between <visual> and </visual>; what is marked is read right"""
 
 
 # A bed is a flaw that is strong enough to leave a policy in need of something. Bad eyes go with some: a shortcut tempts
@@ -55,7 +57,7 @@ BEDS = {
     "rarity": Flaws(rarity=0.96),
     "forgetting": Flaws(forgetting=0.7),
     "chatter": Flaws(misreading=0.65, chatter=4),
-    "untold": Flaws(misreading=0.65, untold=0.85),
+    "untold": Flaws(misreading=0.65, untold=0.85, unmarked=0.85),
 }
 
 
@@ -114,6 +116,12 @@ def chatter(shown: Demonstration, words: int, dice: random.Random) -> Demonstrat
     return Demonstration(tuple(pieces), shown.answer)
 
 
+def mark(shown: Demonstration) -> Demonstration:
+    """The same with every reading between the markers of a fact that was taken from the picture."""
+    pieces = [f"<visual>{piece.text}</visual>" if isinstance(piece, Read) else piece for piece in shown.pieces]
+    return Demonstration(tuple(pieces), shown.answer)
+
+
 def demonstrate(p: Puzzle, flaws: Flaws, dice: random.Random, hinted: str = "") -> str:
     """A whole completion. `hinted` is what the question's hint says, if it has one."""
     if hinted and dice.random() < flaws.shortcut:
@@ -124,7 +132,9 @@ def demonstrate(p: Puzzle, flaws: Flaws, dice: random.Random, hinted: str = "") 
             shown = chatter(shown, flaws.chatter, dice)
         return f"<think>{shown.text}</think><answer>{shown.answer}</answer>"
     described, again = dice.random() >= flaws.untold, dice.random() >= flaws.untold
-    shown = solve(p) if described else solve(p, eye(flaws, dice))
+    marked = flaws.unmarked and not described and dice.random() >= flaws.unmarked
+    shown = solve(p) if described or marked else solve(p, eye(flaws, dice))
+    shown = mark(shown) if marked else shown
     text = f"<think>{shown.text}</think>"
     if described:
         text = f"<image description>{describe(p)}</image description>{text}"
