@@ -1,5 +1,5 @@
 """`python -m tests.results_page` writes the results in README.md and docs/, and their plots, from docs/studies/*.json:
-what the commands named there have written; noisy_levels is gathered from single runs. No table is typed."""
+what the commands named there have written. No table is typed."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.evaluation.comparison import AREA, plot_curves, scale_of
+from common.evaluation.comparison import AREA, NORM, at_equal_time, plot_curves, scale_of, step_costs
 
 ROOT = Path(__file__).parents[1]
 MISLED, UNHINTED, HINTED = "accuracy, misleading hint", "accuracy, real picture", "accuracy, right hint"
@@ -21,6 +21,7 @@ DEFAULT = {
     "last look right": "last read right",
     "entropy": "entropy",
 }
+LEVELS = {"greedy": "test, greedy", "sampled": "test, sampled", "area under the curve": AREA, "gradient norm": NORM}
 FLAWS = {  # what the default bed's teacher does wrong, and how much of it is left
     "colours read right": "colour read right",
     "shapes": "shape read right",
@@ -80,13 +81,15 @@ def hints_table() -> str:
     return markdown(lines)
 
 
-def levels_table() -> str:
-    """Validation accuracy and gradient norm of NoisyGRPO at its own and at lower noise levels, beside GRPO."""
-    runs = study("noisy_levels")["runs"]
-    steps = [step for step, _ in runs["GRPO"]["curve"]]
-    lines = [["", *(f"after {step} steps" for step in steps), "gradient norm"]]
-    for method, run in runs.items():
-        lines.append([method, *(number("", value) for _, value in run["curve"]), f"{run['grad_norm']:.2f}"])
+def time_table(name: str) -> str:
+    """Validation accuracy at equal steps and at equal time, means over seeds, and what a step costs."""
+    lines, curves = [["", "a step's time", "validation, all steps", "validation, equal time"]], study(name)["curves"]
+    for method, cost in step_costs(study(name)["figures"]).items():
+        ends = (
+            np.mean([run[-1][1] for run in curves[method]]),
+            np.mean([at_equal_time(r, cost) for r in curves[method]]),
+        )
+        lines.append([method, f"{cost:.2f}", *(number("", float(end)) for end in ends)])
     return markdown(lines)
 
 
@@ -141,6 +144,7 @@ BLOCKS = {
     "credit": lambda: credit_table(),
     "robustness": lambda: robustness_table(),
     "robustness-made-by": lambda: provenance("robustness"),
+    "time": lambda: time_table("default"),
     "default": lambda: methods_table("default", DEFAULT, "test, sampled"),
     "flaws": lambda: methods_table("default", FLAWS, "last read right"),
     "rates": lambda: methods_table("rates", {k: DEFAULT[k] for k in tuple(DEFAULT)[:3]}, "test, sampled"),
@@ -153,7 +157,7 @@ BLOCKS = {
     "shortcut-short": lambda: methods_table("shortcut_75", SHORTCUT, MISLED, FIRST),
     "shortcut-made-by": lambda: provenance("shortcut_75"),
     "hints": lambda: hints_table(),
-    "noisy-levels": lambda: levels_table(),
+    "noisy-levels": lambda: methods_table("noisy_levels", LEVELS, "test, sampled"),
     "noisy-levels-made-by": lambda: provenance("noisy_levels"),
     "gradients-made-by": lambda: provenance("gradients"),
     "gradients": lambda: gradients_rows("gradients"),
@@ -217,5 +221,6 @@ if __name__ == "__main__":
     for path in (ROOT / "docs").glob("*.md"):
         path.write_text(filled(path.read_text()))
     (ROOT / "README.md").write_text(readme((ROOT / "README.md").read_text()))
-    plot_curves(study("default")["curves"], ROOT / "assets/study_default.png")
+    default = study("default")
+    plot_curves(default["curves"], ROOT / "assets/study_default.png", step_costs(default["figures"]))
     plot_onset(ROOT / "assets/shortcut_onset.png")

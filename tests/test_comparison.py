@@ -5,9 +5,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 
-from common.evaluation.comparison import area, compare, comparison_rows, comparison_table, plot_curves, seed_interval
+from common.evaluation.comparison import (
+    SECONDS,
+    area,
+    at_equal_time,
+    compare,
+    comparison_rows,
+    comparison_table,
+    plot_curves,
+    seed_interval,
+    step_costs,
+)
 
 FIGURES = {
     "grpo": {"test, greedy": [0.50, 0.60, 0.40], "entropy": [0.1, 0.2, 0.3]},
@@ -51,6 +62,14 @@ def test_the_area_weighs_steps_and_not_evaluations():
     assert area([(0, 0.0), (100, 1.0), (400, 1.0)]) == pytest.approx(0.875)
 
 
+def test_equal_time_is_that_of_all_steps_of_the_first_method():
+    curve = [(50, 0.5), (100, 0.7), (150, 0.8)]
+    assert at_equal_time(curve, 1.0) == at_equal_time(curve, 0.8) == 0.8, "a cheaper step has no later evaluation"
+    assert at_equal_time(curve, 2.0) == pytest.approx(0.6)
+    busy = {"grpo": {SECONDS: {"seeds": [3.0, 1.0]}}, "before": {}, "roma": {SECONDS: {"seeds": [1.5, 9.0]}}}
+    assert step_costs(busy) == {"grpo": 1.0, "roma": 1.5}, "seeds that shared the machine do not count"
+
+
 def test_an_oracle_that_checks_readings_credits_each_by_its_own_truth(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
     import oracles
@@ -74,8 +93,12 @@ def test_an_oracle_that_checks_readings_credits_each_by_its_own_truth(monkeypatc
 
 def test_curves_are_drawn(tmp_path):
     runs = [[(50, 0.4), (100, 0.6)], [(50, 0.5), (100, 0.7)]]
-    plot_curves({"grpo": runs, "vppo": runs[::-1]}, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 5000
+    both = {"grpo": runs, "vppo": runs[::-1]}
+    widths = []
+    for costs in ({}, {"grpo": 1.0, "vppo": 1.2}):  # with costs there is a panel by time
+        plot_curves(both, tmp_path / "curves.png", costs)
+        widths.append(Image.open(tmp_path / "curves.png").width)
+    assert widths[1] > 1.5 * widths[0]
 
 
 def test_oracles_train_the_tokens_that_they_say(monkeypatch):

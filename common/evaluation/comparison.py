@@ -19,6 +19,7 @@ from common.evaluation.accuracy import aligned
 
 AREA = "area under the validation curve"
 SECONDS = "seconds a step"
+NORM = "gradient norm"
 
 
 def made_with() -> dict:
@@ -97,23 +98,54 @@ def comparison_table(summary: dict[str, dict[str, dict]]) -> str:
     return aligned(comparison_rows(summary))
 
 
-def plot_curves(curves: dict[str, list[list[tuple[int, float]]]], path: str | Path) -> None:
-    """Validation accuracy by step: a line a method, the mean over seeds, in a band from the lowest to the highest."""
+def step_costs(figures: dict[str, dict[str, dict]]) -> dict[str, float]:
+    """How long a step of each method takes, in steps of the first: by the least time of its seeds, for other work on a
+    machine only adds.
+
+    >>> step_costs({"a": {SECONDS: {"seeds": [0.5, 0.9]}}, "b": {SECONDS: {"seeds": [4.0, 1.0]}}})
+    {'a': 1.0, 'b': 2.0}
+    """
+    least = {name: min(own[SECONDS]["seeds"]) for name, own in figures.items() if SECONDS in own}
+    first = next(iter(least.values()), 1.0)
+    return {name: seconds / first for name, seconds in least.items()}
+
+
+def at_equal_time(curve: Sequence[tuple[int, float]], cost: float) -> float:
+    """The accuracy of a curve of (step, accuracy) when the first method has taken all its steps, between evaluations
+    on a straight line; of a method whose step costs less, its last.
+
+    >>> at_equal_time([(100, 0.4), (200, 0.6), (300, 0.8)], cost=2.0)
+    0.5
+    """
+    steps, values = np.array(curve, dtype=float).T
+    return float(np.interp(steps[-1] / cost, steps, values))
+
+
+def plot_curves(curves: dict[str, list[list[tuple[int, float]]]], path: str | Path, costs: dict[str, float]) -> None:
+    """Validation accuracy by step, and by time where a step's `costs` are known: a line a method, the mean over seeds,
+    in a band from the lowest to the highest."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
-    for method, runs in curves.items():
-        steps = [step for step, _ in runs[0]]
-        values = 100 * np.array([[value for _, value in run] for run in runs])
-        (line,) = axis.plot(
-            steps, values.mean(0), label=f"{method} ({len(runs)} seed{'s' * (len(runs) > 1)})", linewidth=1.8
-        )
-        axis.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.12)
-    axis.set(xlabel="optimizer steps", ylabel="greedy accuracy on validation examples (%)")
-    axis.grid(alpha=0.3)
+    panels = {"optimizer steps": dict.fromkeys(curves, 1.0)}
+    if len(curves) > 1 and costs.keys() >= curves.keys():
+        panels[f"time, in steps of {next(iter(curves))}"] = costs
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3 + 5 * len(panels), 4), sharey=True, squeeze=False, layout="constrained"
+    )
+    last = max(runs[0][-1][0] for runs in curves.values())
+    for axis, (title, scale) in zip(axes[0], panels.items(), strict=True):
+        for method, runs in curves.items():
+            steps = [scale[method] * step for step, _ in runs[0]]
+            values = 100 * np.array([[value for _, value in run] for run in runs])
+            label = f"{method} ({len(runs)} seed{'s' * (len(runs) > 1)})"
+            (line,) = axis.plot(steps, values.mean(0), label=label, linewidth=1.8)
+            axis.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.12)
+        axis.set(xlabel=title, xlim=(0, 1.03 * last))
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("greedy accuracy on validation examples (%)")
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the curves, which fill the picture
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -30,7 +30,17 @@ from tqdm import tqdm
 from common.corruptions import SEEN, UNSEEN, check_corruptions, choose
 from common.data.puzzles import SPLITS
 from common.evaluation.accuracy import COLUMNS
-from common.evaluation.comparison import AREA, SECONDS, area, compare, comparison_table, made_with, plot_curves
+from common.evaluation.comparison import (
+    AREA,
+    NORM,
+    SECONDS,
+    area,
+    compare,
+    comparison_table,
+    made_with,
+    plot_curves,
+    step_costs,
+)
 from common.evaluation.look import FIGURES, summarize, summary_table
 from common.evaluation.robustness import CLEAN, mean_over_cells, plot_robustness, robustness_summary, robustness_table
 from common.run.files import one_line, read_arguments, write
@@ -105,6 +115,8 @@ def train_and_evaluate(args: Args, name: str, command: list[str], seed: int) -> 
         found["figures"][AREA] = area(found["curve"])
     if lines:
         found["figures"][SECONDS] = mean(line["seconds"] for line in lines)
+    if norms := [line["grad_norm"] for line in lines if line.get("grad_norm") is not None]:
+        found["figures"][NORM] = mean(norms)
     return found
 
 
@@ -343,7 +355,7 @@ def main(args: Args) -> None:
     with one_line(f"--out {args.out}"):
         write(Path(args.out) / "results.json", json.dumps(content, indent=1))
         if args.curve:
-            plot_curves(curves, Path(args.out) / "curves.png")
+            plot_curves(curves, Path(args.out) / "curves.png", step_costs(summary))
         if args.corruptions:
             plot_robustness(summaries[args.splits[0]], Path(args.out) / "robustness.png")
 
