@@ -31,6 +31,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from common.data.prompts import prefetch
 from common.data.puzzles import Puzzle, ask, hint, puzzle
 from common.model.inputs import Prompts, encode_prompts
 from common.model.load import TINY, VISION_TOKENS, Policy, load_policy, save_policy
@@ -206,13 +207,18 @@ def train(
     along a cosine."""
     optimizer = torch.optim.AdamW(policy.model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     scorer, started, recent, dice = Scorer(policy), time.perf_counter(), [], random.Random(f"{seed}/{first}")
-    for step in range(steps):
+
+    def draw(step: int) -> tuple[Prompts, torch.Tensor, torch.Tensor]:
         puzzles = [puzzle("train", first + step * batch + i) for i in range(batch)]
         asked, shown = lesson(puzzles, teachers[step % len(teachers)], dice)
-        ids, mask = completions(policy, shown)
+        return encode_puzzles(policy, puzzles, asked), *completions(policy, shown)
+
+    # Learning has one thread: what comes next is drawn on another core meanwhile.
+    for step, drawn in prefetch(draw, range(steps), in_thread=True):
+        prompts, ids, mask = drawn()
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        loss = -scorer(encode_puzzles(policy, puzzles, asked), ids, mask).logprobs.sum() / mask.sum()
+        loss = -scorer(prompts, ids, mask).logprobs.sum() / mask.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
