@@ -21,7 +21,33 @@ DEFAULT = {
     "last look right": "last read right",
     "entropy": "entropy",
 }
-LEVELS = {"greedy": "test, greedy", "sampled": "test, sampled", "area under the curve": AREA, "gradient norm": NORM}
+SHORT = {title: DEFAULT[title] for title in ("greedy", "sampled", "area under the curve")}
+RARITY = SHORT | {"purple read right": "purple read right", "ring read right": "ring read right"}
+CHATTER = SHORT | {"last look right": "last read right", "entropy of chatter": "entropy of chatter"}
+REWARDS = {
+    "greedy": "test, greedy",
+    "sampled": "test, sampled",
+    "described": "description, share",
+    "facts marked": "visual, share",
+    "second look": "rethink, share",
+}
+SUMMARY = (  # flaw, study, what is measured, methods that promise to mend it, a control
+    ("misreading, forgetting", "default", "sampled", "test, sampled", ("VPPO", "VGPO"), "oracle checked"),
+    ("forgetting", "default", "last look right", "last read right", ("VGPO",), "oracle checked"),
+    (
+        "shortcut",
+        "shortcut_75",
+        "hint misleads",
+        MISLED,
+        ("VPPO as published", "VPPO 0.1 shaping 0.5"),
+        "oracle readings",
+    ),
+    ("chatter", "chatter", "sampled", "test, sampled", ("VPPO",), "oracle checked"),
+    ("rarity", "rarity", "area under the curve", AREA, ("NoisyGRPO", "NoisyGRPO 0 to 0.3"), "oracle checked"),
+    ("fragility", "robustness", "unseen corruptions", "test, unseen corruptions", ("ROMA",), ""),
+    ("untold sections", "rewards", "sampled", "test, sampled", ("mixture", "visual fusion"), ""),
+)
+LEVELS = SHORT | {"gradient norm": NORM}
 FLAWS = {  # what the default bed's teacher does wrong, and how much of it is left
     "colours read right": "colour read right",
     "shapes": "shape read right",
@@ -67,7 +93,20 @@ def methods_table(name: str, columns: dict[str, str], main: str, only: tuple[str
     for method, own in figures.items():
         if not only or method in only:
             cells = [number(f, own[f]["mean"]) if f in own else "" for f in columns.values()]
-            lines.append([method, *cells, span(main, own[main], figures[first][main])])
+            lines.append([method, *cells, span(main, own.get(main, {}), figures[first][main])])
+    return markdown(lines)
+
+
+def summary_table() -> str:
+    """For each flaw what the method that promises to mend it, and a control that knows the puzzle, have over GRPO."""
+    lines = [["flaw", "measured", "method", "against GRPO", "control", "against GRPO"]]
+    for flaw, name, title, figure, methods, control in SUMMARY:
+        figures = study(name)["figures"]
+        first = figures[next(iter(study(name)["methods"]))]
+        over = {method: span(figure, own[figure], first[figure]) for method, own in figures.items() if figure in own}
+        for n, method in enumerate(methods):
+            whole = (flaw, title, method, over[method], control, over.get(control, ""))
+            lines.append(["" if n and column not in (2, 3) else cell for column, cell in enumerate(whole)])
     return markdown(lines)
 
 
@@ -131,23 +170,34 @@ def robustness_table() -> str:
     return markdown(lines)
 
 
-def credit_table() -> str:
-    """What methods give to tokens that read the picture and to right completions, with intervals over puzzles."""
-    lines = [["", "readings", "other tokens", "right completions", "wrong ones"]]
-    for name, parts in study("credit")["figures"].items():
-        shown = {part: "{:.3f} ({:.3f} to {:.3f})".format(f["mean"], *f["ci"]) for part, f in parts.items()}
-        lines.append([name, *(shown.get(part, "") for part in ("readings", "other tokens", "right", "wrong"))])
+def credit_table(name: str, only: tuple[str, ...] = ("",)) -> str:
+    """What methods give to each kind of tokens and to right completions, with intervals over puzzles; of figures whose
+    names begin with one of `only`."""
+    figures = {title: parts for title, parts in study(name)["figures"].items() if title.startswith(only)}
+    kinds = list(dict.fromkeys(kind for parts in figures.values() for kind in parts))
+    lines = [["", *kinds]]
+    for title, parts in figures.items():
+        shown = {kind: "{:.3f} ({:.3f} to {:.3f})".format(f["mean"], *f["ci"]) for kind, f in parts.items()}
+        lines.append([title, *(shown.get(kind, "") for kind in kinds)])
     return markdown(lines)
 
 
 BLOCKS = {
-    "credit": lambda: credit_table(),
+    "credit": lambda: credit_table("credit"),
     "robustness": lambda: robustness_table(),
     "robustness-made-by": lambda: provenance("robustness"),
+    "summary": lambda: summary_table(),
     "time": lambda: time_table("default"),
     "default": lambda: methods_table("default", DEFAULT, "test, sampled"),
     "flaws": lambda: methods_table("default", FLAWS, "last read right"),
-    "rates": lambda: methods_table("rates", {k: DEFAULT[k] for k in tuple(DEFAULT)[:3]}, "test, sampled"),
+    "rarity": lambda: methods_table("rarity", RARITY, AREA),
+    "rarity-made-by": lambda: provenance("rarity"),
+    "chatter": lambda: methods_table("chatter", CHATTER, "test, sampled"),
+    "chatter-made-by": lambda: provenance("chatter"),
+    "credit-chatter": lambda: credit_table("credit_chatter", ("entropy", "VPPO: share")),
+    "rewards": lambda: methods_table("rewards", REWARDS, "test, sampled"),
+    "rewards-made-by": lambda: provenance("rewards"),
+    "rates": lambda: methods_table("rates", SHORT, "test, sampled"),
     "rates-made-by": lambda: provenance("rates"),
     "parts": lambda: methods_table("parts", DEFAULT, "test, sampled"),
     "parts-made-by": lambda: provenance("parts"),

@@ -6,12 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
+from common.data.examples import load_examples
 from common.model.inputs import encode_prompts
 from common.model.load import load_policy
 from common.model.memory import build_config
 from common.model.sampling import sample, uniform_numbers
 from common.model.scoring import Scorer
-from tests.benchmarks import credit, first_word, grpo_step
+from common.tiny.recipe import completions
+from tests.benchmarks import credit, exploration, first_word, grpo_step
 from tests.benchmarks.earlier_focus import earlier
 from tests.benchmarks.random_model import SMALL, write_random_model
 from tests.small_models import small_policy, small_prompts
@@ -53,14 +55,31 @@ def test_the_word_that_decides_to_look_or_not_is_among_the_most_dependent(capsys
 def test_what_methods_give_to_tokens_that_read_the_picture(tmp_path):
     credit.main(credit.Options(tmp_path / "credit.json", puzzles=6, group_size=2))
     figures = json.loads((tmp_path / "credit.json").read_text())["figures"]
-    given, mask, reads, right = credit.weights(credit.Options(tmp_path, puzzles=6, group_size=2))
-    assert 0 < reads.sum() < mask.sum() / 2 and not (reads & ~mask).any()
+    given, tokens, completions = credit.weights(credit.Options(tmp_path, puzzles=6, group_size=2))
+    reads, right = tokens["readings"], completions["right"]
+    assert 0 < reads.sum() < tokens["other tokens"].sum() and not (reads & tokens["other tokens"]).any()
+    assert "chatter" not in tokens, "the built-in model says nothing in brackets"
     kept = given["VPPO: share that the filter keeps"]
     assert figures["VPPO: share that the filter keeps"]["readings"]["mean"] == pytest.approx(
         float(kept[reads].double().mean())
     )
     factor = given["VGPO: trajectory factor"]
     assert figures["VGPO: trajectory factor"]["right"]["mean"] == pytest.approx(float(factor[right].double().mean()))
+
+
+def test_readings_that_are_rare_are_counted_apart(tmp_path):
+    policy, examples = load_policy("tiny"), [load_examples("puzzles", "test", limit=1)[0]]
+    chain = "<think>yellow circle at {}. 2 right is d4. 2 up is b4. b4 is {}.</think>"
+    texts = [chain.format(*said) for said in (("d2", "purple"), ("d3", "purple"), ("d2", "blue"))]
+    ids, _ = completions(policy, texts)
+    found = exploration.counts(policy, examples, ids, size=3)
+    assert found["rare"].tolist() == [[3, 2]] and not found["others"].any(), "of places nothing is counted"
+    options = exploration.Options(
+        tmp_path / "e.json", "tiny", noise=(0.0, 0.9), temperatures=(), puzzles=10, group_size=2
+    )
+    figures = exploration.main(options)
+    assert figures["noise 0.9"]["answers"]["mean"] < figures["noise 0"]["answers"]["mean"]
+    assert json.loads((tmp_path / "e.json").read_text())["figures"] == figures
 
 
 def test_an_interval_is_over_puzzles():

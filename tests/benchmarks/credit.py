@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.credit --out docs/studies/credit.json
 
-At the built-in model, without training. A token reads the picture where the puzzle says so (`oracles.reading_spans`).
+At the built-in model or an apprentice of the recipe, without training. A token reads the picture where the puzzle says
+so (`oracles.reading_spans`), and is chatter between round brackets.
 Means over tokens and completions, with 95 % intervals from a bootstrap over puzzles.
 """
 
@@ -19,6 +20,7 @@ import vppo
 from common.data.examples import load_examples
 from common.data.messages import build_messages
 from common.evaluation.comparison import made_with
+from common.evaluation.probes import in_brackets
 from common.model.inputs import encode_prompts
 from common.model.load import load_policy
 from common.model.sampling import decode, sample, uniform_numbers
@@ -38,9 +40,8 @@ class Options:
     model: str = "tiny"
 
 
-def weights(options: Options) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What each method gives tokens [R, T] or completions [R], which tokens count and which read the picture, both
-    [R, T] bool, and which completions are right [R] bool."""
+def weights(options: Options) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What each method gives tokens [R, T] or completions [R]; kinds of tokens [R, T] bool; and of completions [R]."""
     policy = load_policy(options.model, trainable=False)
     examples = [load_examples("puzzles", "train")[n] for n in range(options.puzzles)]
     prompts = encode_prompts(policy, [build_messages(e) for e in examples], [list(e.images) for e in examples])
@@ -71,7 +72,9 @@ def weights(options: Options) -> tuple[dict[str, torch.Tensor], torch.Tensor, to
     }
     asked = [example for example in examples for _ in range(size)]
     right = torch.tensor(reward_completions("accuracy", decode(policy, rollout), asked, "").accuracy) == 1
-    return given, mask, reading_mask(policy.tokenizer, ids, "readings") & mask, right
+    reads, chatter = reading_mask(policy.tokenizer, ids, "readings") & mask, in_brackets(policy, ids, mask)
+    tokens = {"readings": reads, "chatter": chatter, "other tokens": mask & ~reads & ~chatter}
+    return given, {kind: at for kind, at in tokens.items() if at.any()}, {"right": right, "wrong": ~right}
 
 
 def mean(values: torch.Tensor, inside: torch.Tensor, puzzles: int, seed: int) -> dict:
@@ -84,14 +87,18 @@ def mean(values: torch.Tensor, inside: torch.Tensor, puzzles: int, seed: int) ->
 
 
 def main(options: Options) -> None:
-    given, mask, reads, right = weights(options)
+    given, tokens, completions = weights(options)
     figures = {}
     for name, values in given.items():
-        of_tokens = values.ndim == 2
-        parts = {"readings": reads, "other tokens": mask & ~reads} if of_tokens else {"right": right, "wrong": ~right}
+        parts = tokens if values.ndim == 2 else completions
         figures[name] = {part: mean(values, inside, options.puzzles, options.seed) for part, inside in parts.items()}
         print(f"{name:36}" + "".join(f"{part:>14} {figure['mean']:.3f}" for part, figure in figures[name].items()))
-    args = {"seeds": [options.seed], "puzzles": options.puzzles, "group_size": options.group_size}
+    args = {
+        "model": options.model,
+        "seeds": [options.seed],
+        "puzzles": options.puzzles,
+        "group_size": options.group_size,
+    }
     write(options.out, json.dumps({**made_with(), "args": args, "figures": figures}, indent=1))
 
 
