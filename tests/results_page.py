@@ -151,6 +151,27 @@ def gradients_rows(name: str) -> str:
     return markdown(lines)
 
 
+def sections_table() -> str:
+    """How often the untold apprentice writes each section, and how often it is right when it does, in percent."""
+    ((_, figures),) = study("untold")["summary"].items()
+    cell = lambda f: f"{number('', f['mean'])} ({' to '.join(number('', x) for x in f['ci'])})"
+    lines = [["", "share of completions", "right"], ["all", "100", cell(figures["accuracy, real picture"])]]
+    for title, name in (("described", "description"), ("facts marked", "visual"), ("second look", "rethink")):
+        lines.append([title, cell(figures[f"{name}, share"]), cell(figures[f"{name}, accuracy with it"])])
+    return markdown(lines)
+
+
+def exploration_table() -> str:
+    """Shares of right readings and answers, in percent, behind noise and at higher temperatures."""
+    lines = [["sampled with", "purple and ring read right", "other readings", "answers"]]
+    for setting, own in study("exploration")["figures"].items():
+        cells = (own[kind] for kind in ("rare", "others", "answers"))
+        lines.append(
+            [setting, *(f"{number('', c['mean'])} ({' to '.join(number('', x) for x in c['ci'])})" for c in cells)]
+        )
+    return markdown(lines)
+
+
 def robustness_table() -> str:
     """Accuracy on clean and corrupted pictures, and what the other methods have over the first."""
     columns = {
@@ -195,6 +216,8 @@ BLOCKS = {
     "chatter": lambda: methods_table("chatter", CHATTER, "test, sampled"),
     "chatter-made-by": lambda: provenance("chatter"),
     "credit-chatter": lambda: credit_table("credit_chatter", ("entropy", "VPPO: share")),
+    "exploration": lambda: exploration_table(),
+    "untold": lambda: sections_table(),
     "rewards": lambda: methods_table("rewards", REWARDS, "test, sampled"),
     "rewards-made-by": lambda: provenance("rewards"),
     "rates": lambda: methods_table("rates", SHORT, "test, sampled"),

@@ -31,6 +31,7 @@ from common.data.examples import Example
 from common.data.messages import TEMPLATE, build_messages, check_template
 from common.data.puzzles import COLOURS, SHAPES, puzzle, solve
 from common.evaluation.accuracy import aligned, asked_examples, at_most
+from common.evaluation.comparison import made_with
 from common.evaluation.robustness import bootstrap
 from common.model.inputs import Prompts, encode_prompts
 from common.model.load import Policy, load_policy, newest_checkpoint
@@ -394,7 +395,8 @@ def main(args: Args) -> dict[str, dict]:
     print(f"{args.data}, split {args.split}, {len(examples)} examples, {args.samples} samples at {args.temperature}")
     print(probes_table(summary, read), flush=True)
     with one_line(f"--out {args.out}"):
-        write(folder / "probes.json", json.dumps({"args": vars(args), "summary": summary, "readings": read}, indent=1))
+        content = {**made_with(), "args": vars(args), "summary": summary, "readings": read}
+        write(folder / "probes.json", json.dumps(content, indent=1))
         plot_probes(summary, read, folder / "probes.png")
     print(f"{folder}: probes.json, probes.png")
     return summary
