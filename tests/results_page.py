@@ -151,13 +151,17 @@ def gradients_rows(name: str) -> str:
     return markdown(lines)
 
 
+def percent(f: dict) -> str:
+    """A share and its interval, in percent."""
+    return f"{number('', f['mean'])} ({' to '.join(number('', x) for x in f['ci'])})"
+
+
 def sections_table() -> str:
     """How often the untold apprentice writes each section, and how often it is right when it does, in percent."""
     ((_, figures),) = study("untold")["summary"].items()
-    cell = lambda f: f"{number('', f['mean'])} ({' to '.join(number('', x) for x in f['ci'])})"
-    lines = [["", "share of completions", "right"], ["all", "100", cell(figures["accuracy, real picture"])]]
+    lines = [["", "share of completions", "right"], ["all", "100", percent(figures["accuracy, real picture"])]]
     for title, name in (("described", "description"), ("facts marked", "visual"), ("second look", "rethink")):
-        lines.append([title, cell(figures[f"{name}, share"]), cell(figures[f"{name}, accuracy with it"])])
+        lines.append([title, percent(figures[f"{name}, share"]), percent(figures[f"{name}, accuracy with it"])])
     return markdown(lines)
 
 
@@ -166,9 +170,7 @@ def exploration_table() -> str:
     lines = [["sampled with", "purple and ring read right", "other readings", "answers"]]
     for setting, own in study("exploration")["figures"].items():
         cells = (own[kind] for kind in ("rare", "others", "answers"))
-        lines.append(
-            [setting, *(f"{number('', c['mean'])} ({' to '.join(number('', x) for x in c['ci'])})" for c in cells)]
-        )
+        lines.append([setting, *map(percent, cells)])
     return markdown(lines)
 
 

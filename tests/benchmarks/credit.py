@@ -79,8 +79,14 @@ def weights(options: Options) -> tuple[dict[str, torch.Tensor], dict[str, torch.
 
 def mean(values: torch.Tensor, inside: torch.Tensor, puzzles: int, seed: int) -> dict:
     """Mean of values over the places `inside`, both [R] or [R, T], with an interval over puzzles."""
-    sums, counts = ((x * inside).double().view(puzzles, -1).sum(1).numpy() for x in (values, torch.ones_like(inside)))
-    drawn = np.random.default_rng(seed).integers(puzzles, size=(2000, puzzles))
+    return share(
+        *((x * inside).double().view(puzzles, -1).sum(1).numpy() for x in (values, torch.ones_like(inside))), seed
+    )
+
+
+def share(sums: np.ndarray, counts: np.ndarray, seed: int) -> dict:
+    """Sum over all puzzles of `sums` [E] by that of `counts` [E], with an interval over puzzles."""
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(2000, len(sums)))
     with np.errstate(invalid="ignore"):  # puzzles drawn that hold none
         ends = np.nanpercentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
     return {"mean": sums.sum() / counts.sum(), "ci": ends.tolist()}
@@ -93,12 +99,12 @@ def main(options: Options) -> None:
         parts = tokens if values.ndim == 2 else completions
         figures[name] = {part: mean(values, inside, options.puzzles, options.seed) for part, inside in parts.items()}
         print(f"{name:36}" + "".join(f"{part:>14} {figure['mean']:.3f}" for part, figure in figures[name].items()))
-    args = {
-        "model": options.model,
-        "seeds": [options.seed],
-        "puzzles": options.puzzles,
-        "group_size": options.group_size,
-    }
+    save(options, figures)
+
+
+def save(options, figures: dict) -> None:
+    """Write figures with what made them."""
+    args = {name: getattr(options, name) for name in ("model", "puzzles", "group_size")} | {"seeds": [options.seed]}
     write(options.out, json.dumps({**made_with(), "args": args, "figures": figures}, indent=1))
 
 

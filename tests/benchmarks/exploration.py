@@ -7,7 +7,6 @@ the readings of purple and ring that are right, which the `rarity` apprentice ha
 colours, shapes and heights, and right answers, with 95 % intervals from a bootstrap over puzzles.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +17,13 @@ import tyro
 import noisy_grpo
 from common.data.examples import load_examples
 from common.data.messages import build_messages
-from common.evaluation.comparison import made_with
 from common.evaluation.robustness import bootstrap
 from common.model.inputs import encode_prompts
 from common.model.load import load_policy
 from common.model.sampling import decode, sample, uniform_numbers
 from common.rewards.designs import reward_completions
-from common.run.files import write
 from common.tiny.teacher import RARE, WORDS
+from tests.benchmarks.credit import save, share
 from tests.benchmarks.oracles import readings_of, true_readings
 
 
@@ -74,18 +72,9 @@ def main(options: Options) -> dict:
         right = right.reshape(options.puzzles, -1).mean(1)
         figures[name] = {"answers": {"mean": float(right.mean()), "ci": list(bootstrap(right, 2000))}}
         for kind, own in counts(policy, examples, rollout.completion_ids, options.group_size).items():
-            drawn = np.random.default_rng(options.seed).integers(len(own), size=(2000, len(own)))
-            all_, correct = own[drawn].sum(1).T
-            ends = np.percentile(correct / np.maximum(all_, 1), [2.5, 97.5]).tolist()
-            figures[name][kind] = {"mean": float(own[:, 1].sum() / max(own[:, 0].sum(), 1)), "ci": ends}
+            figures[name][kind] = share(own[:, 1], own[:, 0], options.seed)
         print(f"{name:16}" + "".join(f"{kind:>9} {100 * f['mean']:5.1f} %" for kind, f in figures[name].items()))
-    args = {
-        "model": options.model,
-        "seeds": [options.seed],
-        "puzzles": options.puzzles,
-        "group_size": options.group_size,
-    }
-    write(options.out, json.dumps({**made_with(), "args": args, "figures": figures}, indent=1))
+    save(options, figures)
     return figures
 
 
