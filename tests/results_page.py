@@ -47,6 +47,20 @@ SUMMARY = (  # flaw, study, what is measured, methods that promise to mend it, a
     ("fragility", "robustness", "unseen corruptions", "test, unseen corruptions", ("ROMA",), ""),
     ("untold sections", "rewards", "sampled", "test, sampled", ("mixture", "visual fusion"), ""),
 )
+INSIDE = (
+    "answers, described",
+    "answers, described and second look",
+    "description, things",
+    "think, not described, as asked",
+    "think, described, as asked",
+    "second look, as asked",
+    "think, described, readings",
+    "second look, readings",
+    "think, described, concluded",
+    "second look, concluded",
+    "think, described, answered",
+    "second look, answered",
+)
 LEVELS = SHORT | {"gradient norm": NORM}
 FLAWS = {  # what the default bed's teacher does wrong, and how much of it is left
     "colours read right": "colour read right",
@@ -165,6 +179,15 @@ def sections_table() -> str:
     return markdown(lines)
 
 
+def inside_table() -> str:
+    """What is right inside the sections of completions, before training and after, in percent."""
+    figures = study("sections")["figures"]
+    lines = [["", *figures]]
+    for title in INSIDE:
+        lines.append([title, *(percent(own[title]) for own in figures.values())])
+    return markdown(lines)
+
+
 def exploration_table() -> str:
     """Shares of right readings and answers, in percent, behind noise and at higher temperatures."""
     lines = [["sampled with", "purple and ring read right", "other readings", "answers"]]
@@ -220,6 +243,7 @@ BLOCKS = {
     "credit-chatter": lambda: credit_table("credit_chatter", ("entropy", "VPPO: share")),
     "exploration": lambda: exploration_table(),
     "untold": lambda: sections_table(),
+    "inside": lambda: inside_table(),
     "rewards": lambda: methods_table("rewards", REWARDS, "test, sampled"),
     "rewards-made-by": lambda: provenance("rewards"),
     "rates": lambda: methods_table("rates", SHORT, "test, sampled"),

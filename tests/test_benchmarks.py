@@ -7,13 +7,15 @@ import torch
 from PIL import Image
 
 from common.data.examples import load_examples
+from common.data.puzzles import puzzle, solve
 from common.model.inputs import encode_prompts
 from common.model.load import load_policy
 from common.model.memory import build_config
 from common.model.sampling import sample, uniform_numbers
 from common.model.scoring import Scorer
 from common.tiny.recipe import completions
-from tests.benchmarks import credit, exploration, first_word, grpo_step
+from common.tiny.teacher import describe
+from tests.benchmarks import credit, exploration, first_word, grpo_step, sections
 from tests.benchmarks.earlier_focus import earlier
 from tests.benchmarks.random_model import SMALL, write_random_model
 from tests.small_models import small_policy, small_prompts
@@ -80,6 +82,41 @@ def test_readings_that_are_rare_are_counted_apart(tmp_path):
     figures = exploration.main(options)
     assert figures["noise 0.9"]["answers"]["mean"] < figures["noise 0"]["answers"]["mean"]
     assert json.loads((tmp_path / "e.json").read_text())["figures"] == figures
+
+
+def test_sections_are_judged_by_what_was_asked_read_and_concluded(tmp_path):
+    p = puzzle("test", 0)
+    truth, chain = solve(p), "yellow circle at d2. 1 right is d3. 2 up is b3. b3 is purple."
+    described = f"<image description>{describe(p)}; d3 red star</image description>"
+    texts = [
+        f"{described}<think>{truth.text}</think><rethink>{chain}</rethink><answer>purple</answer>",
+        f"<think>{chain.replace('d2', 'd1')}</think><answer>blue</answer>",
+    ]
+    found = {name: own.tolist() for name, own in sections.counts([p], texts).items()}
+    things = len(p.things)
+    assert found == {
+        "answers, described and second look": [[1, 1]],
+        "answers, neither": [[0, 1]],
+        "description, things": [[things, things]],
+        "think, described, as asked": [[1, 1]],
+        "think, described, readings": [[2, 2]],
+        "think, described, concluded": [[1, 1]],
+        "think, described, answered": [[1, 1]],
+        "second look, as asked": [[0, 1]],
+        "second look, readings": [[2, 2]],
+        "second look, concluded": [[1, 1]],
+        "second look, answered": [[1, 1]],
+        "think, not described, as asked": [[0, 1]],
+        "think, not described, readings": [[1, 2]],
+        "think, not described, concluded": [[1, 1]],
+        "think, not described, answered": [[0, 1]],
+    }
+    for n in range(60):
+        p = puzzle("test", n)
+        assert all(right == count for right, count in sections.judge(p, solve(p).text).values()), solve(p).text
+    options = sections.Options(("mine: tiny",), tmp_path / "s.json", puzzles=6, group_size=2)
+    figures = sections.main(options)
+    assert list(figures) == ["mine"] and json.loads((tmp_path / "s.json").read_text())["figures"] == figures
 
 
 def test_an_interval_is_over_puzzles():

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("common/**/*.py"), *ROOT.glob("examples/*.py")])
+FILES = sorted(
+    [*ROOT.glob("*.py"), *ROOT.glob("common/**/*.py"), *ROOT.glob("examples/*.py"), *ROOT.glob("tests/benchmarks/*.py")]
+)
 SHOWING = [path.relative_to(ROOT) for path in FILES if ">>> " in path.read_text()]
 
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 from common.data.examples import load_examples
 from common.data.messages import build_messages
 from common.data.puzzles import puzzle, solve
+from common.evaluation.probes import in_brackets
 from common.model.inputs import encode_prompts
 from common.model.load import TINY, VISION_TOKENS, load_policy
 from common.rewards.designs import REQUEST, request_for
@@ -115,6 +116,14 @@ def test_chatter_says_nothing_and_changes_nothing():
     assert re.sub(r" \([a-z ]+\)", "", shown) == demonstrate(p, Flaws(), random.Random(0))
 
 
+def test_half_of_the_tokens_of_the_chatter_bed_say_nothing():
+    policy = load_policy("tiny")
+    texts = [demonstrate(puzzle("train", i), BEDS["chatter"], random.Random(i)) for i in range(200)]
+    ids, mask = recipe.completions(policy, texts)
+    assert in_brackets(policy, ids, mask).sum() / mask.sum() >= 0.5
+    assert mask.sum(1).max() <= 128, "what the page's command lets it say"
+
+
 def test_a_shortcut_repeats_the_hint():
     texts = [demonstrate(puzzle("train", i), Flaws(shortcut=0.5), random.Random(i), "blue") for i in range(400)]
     followed = [text == "<think>So it is blue.</think><answer>blue</answer>" for text in texts]
@@ -169,4 +178,4 @@ def test_an_apprentice_is_one_command(tmp_path, capsys):
     recipe.main(recipe.Args(flaw="chatter", misreading=0.0, out=str(out), apprentice_steps=1, batch=2, eval_examples=2))
     assert load_policy(str(out)).tokenizer.chat_template == load_policy("tiny").tokenizer.chat_template
     printed = capsys.readouterr().out
-    assert "misreading=0.0" in printed and "chatter=4" in printed and "sampled: accuracy" in printed
+    assert "misreading=0.0" in printed and "chatter=12" in printed and "sampled: accuracy" in printed

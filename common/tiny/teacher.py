@@ -56,7 +56,7 @@ BEDS = {
     "misreading": Flaws(misreading=0.65),
     "rarity": Flaws(rarity=0.96),
     "forgetting": Flaws(forgetting=0.7),
-    "chatter": Flaws(misreading=0.65, chatter=4),
+    "chatter": Flaws(misreading=0.65, chatter=12),
     "untold": Flaws(misreading=0.65, untold=0.85, unmarked=0.85),
 }
 

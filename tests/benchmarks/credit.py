@@ -45,7 +45,7 @@ def weights(options: Options) -> tuple[dict[str, torch.Tensor], dict[str, torch.
     policy = load_policy(options.model, trainable=False)
     examples = [load_examples("puzzles", "train")[n] for n in range(options.puzzles)]
     prompts = encode_prompts(policy, [build_messages(e) for e in examples], [list(e.images) for e in examples])
-    size, limit = options.group_size, 72
+    size, limit = options.group_size, 128
     draws = uniform_numbers(options.seed, 0, range(size * len(prompts)), limit)
     rollout = sample(policy, prompts, size, limit, draws)
     ids, mask = rollout.completion_ids, rollout.completion_mask
@@ -104,7 +104,8 @@ def main(options: Options) -> None:
 
 def save(options, figures: dict) -> None:
     """Write figures with what made them."""
-    args = {name: getattr(options, name) for name in ("model", "puzzles", "group_size")} | {"seeds": [options.seed]}
+    args = {name: value for name, value in vars(options).items() if name not in ("out", "seed")}
+    args["seeds"] = [options.seed]
     write(options.out, json.dumps({**made_with(), "args": args, "figures": figures}, indent=1))
 
 
