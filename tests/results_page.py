@@ -23,7 +23,17 @@ DEFAULT = {
 }
 SHORT = {title: DEFAULT[title] for title in ("greedy", "sampled", "area under the curve")}
 RARITY = SHORT | {"purple read right": "purple read right", "ring read right": "ring read right"}
-CHATTER = SHORT | {"last look right": "last read right", "entropy of chatter": "entropy of chatter"}
+FORGETTING = SHORT | {
+    "first look right": "first read right",
+    "middle": "middle read right",
+    "last look": "last read right",
+}
+CHATTER = SHORT | {
+    "colours read right": "colour read right",
+    "shapes": "shape read right",
+    "entropy of chatter": "entropy of chatter",
+    "gradient norm": NORM,
+}
 REWARDS = {
     "greedy": "test, greedy",
     "sampled": "test, sampled",
@@ -33,7 +43,14 @@ REWARDS = {
 }
 SUMMARY = (  # flaw, study, what is measured, methods that promise to mend it, a control
     ("misreading, forgetting", "default", "sampled", "test, sampled", ("VPPO", "VGPO"), "oracle checked"),
-    ("forgetting", "default", "last look right", "last read right", ("VGPO",), "oracle checked"),
+    (
+        "forgetting",
+        "forgetting",
+        "last look right",
+        "last read right",
+        ("VGPO", "VGPO one state earlier"),
+        "oracle checked",
+    ),
     (
         "shortcut",
         "shortcut_75",
@@ -238,6 +255,8 @@ BLOCKS = {
     "flaws": lambda: methods_table("default", FLAWS, "last read right"),
     "rarity": lambda: methods_table("rarity", RARITY, AREA),
     "rarity-made-by": lambda: provenance("rarity"),
+    "forgetting": lambda: methods_table("forgetting", FORGETTING, "last read right"),
+    "forgetting-made-by": lambda: provenance("forgetting"),
     "chatter": lambda: methods_table("chatter", CHATTER, "test, sampled"),
     "chatter-made-by": lambda: provenance("chatter"),
     "credit-chatter": lambda: credit_table("credit_chatter", ("entropy", "VPPO: share")),
