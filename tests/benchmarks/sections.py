@@ -18,12 +18,12 @@ import torch
 import tyro
 
 from common.data.examples import load_examples
-from common.data.messages import TEMPLATE, build_messages
+from common.data.messages import build_messages
 from common.data.puzzles import Puzzle, puzzle, solve
 from common.model.inputs import encode_prompts
 from common.model.load import load_policy, newest_checkpoint
 from common.model.sampling import decode, sample, uniform_numbers
-from common.rewards.designs import REQUESTS
+from common.rewards.designs import MARKERS, section
 from common.tiny.teacher import named
 from tests.benchmarks.credit import save, share
 from tests.benchmarks.oracles import reading_spans
@@ -47,12 +47,6 @@ class Options:
     puzzles: int = 400
     group_size: int = 2
     seed: int = 1
-
-
-def section(text: str, name: str) -> str:
-    """What stands between a completion's markers of that name, "" if nothing does."""
-    found = re.search(f"<{name}>(.*?)</{name}>", text, re.DOTALL)
-    return found[1] if found else ""
 
 
 def concluded(chain: str) -> str:
@@ -88,18 +82,18 @@ def counts(puzzles: list[Puzzle], texts: list[str]) -> dict[str, np.ndarray]:
 
     for place, text in enumerate(texts):
         n, p = place // size, puzzles[place // size]
-        if description := section(text, "image description"):
-            things, real = description.split("; "), named(p)
+        own = {name: section(text, name, 0)[0] for name in MARKERS}
+        if own["description"]:
+            things, real = own["description"].split("; "), named(p)
             note("description, things", n, (sum(thing in things for thing in real), len(real)))
-        second = section(text, "rethink")
-        written = [name for name, own in (("described", description), ("second look", second)) if own]
-        note(f"answers, {' and '.join(written) or 'neither'}", n, (f"<answer>{p.answer}</answer>" in text, 1))
-        where = {"think, described" if description else "think, not described": "think", "second look": "rethink"}
-        for title, marker in where.items():
-            if chain := section(text, marker):
+        written = [title for title, name in (("described", "description"), ("second look", "rethink")) if own[name]]
+        note(f"answers, {' and '.join(written) or 'neither'}", n, (own["answer"] == p.answer, 1))
+        thoughts = "think, described" if own["description"] else "think, not described"
+        for title, name in ((thoughts, "think"), ("second look", "rethink")):
+            if chain := own[name]:
                 for figure, pair in judge(p, chain).items():
                     note(f"{title}, {figure}", n, pair)
-                note(f"{title}, answered", n, (concluded(chain) == section(text, "answer"), 1))
+                note(f"{title}, answered", n, (concluded(chain) == own["answer"], 1))
     return found
 
 
@@ -107,7 +101,7 @@ def counts(puzzles: list[Puzzle], texts: list[str]) -> dict[str, np.ndarray]:
 def main(options: Options) -> dict:
     examples = [load_examples("puzzles", "test")[n] for n in range(options.puzzles)]
     puzzles = [puzzle("test", n) for n in range(options.puzzles)]
-    messages = [build_messages(e, TEMPLATE.replace("{request}", REQUESTS["vanilla"])) for e in examples]
+    messages = [build_messages(e) for e in examples]
     figures = {}
     for line in options.models:
         model, _, path = line.partition(": ")
