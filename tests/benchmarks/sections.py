@@ -41,7 +41,7 @@ ASKED = {
 @dataclass
 class Options:
     models: tuple[str, ...]
-    """models to compare, each as "name: run, checkpoint or folder\""""
+    """models to compare, each `NAME: PATH` of a run, a checkpoint or a folder"""
     out: Path
     """file for the results"""
     puzzles: int = 400
